@@ -1,0 +1,79 @@
+"""Solvers and gradients as plain data, for configuration files, checkpoints and weight files, and back."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import inspect
+from collections.abc import Iterator, Mapping
+from typing import Any, TypeVar
+
+from .gradients import Gradient
+from .solvers import Solver
+
+Choice = TypeVar("Choice", Solver, Gradient)
+
+
+def describe(choice: Solver | Gradient) -> dict[str, Any]:
+    """``Anderson(tol=1e-3)`` -> ``{"class_path": "zoo.implicit.Anderson", "init_args": {"tol": 1e-3, ...}}``."""
+    arguments = {}
+    for item in dataclasses.fields(choice):
+        value = getattr(choice, item.name)
+        arguments[item.name] = describe(value) if isinstance(value, Solver | Gradient) else value
+    return {"class_path": _path(type(choice)), "init_args": arguments}
+
+
+def from_description(description: str | Mapping[str, Any] | Choice, kind: type[Choice]) -> Choice:
+    """The inverse of :func:`describe`. Nothing is imported: only classes that exist already are found.
+
+    Args:
+        description: what :func:`describe` returns, or a class name like ``"Anderson"``, short or with its module; an
+            object of ``kind`` is returned as it is.
+        kind: ``Solver`` or ``Gradient``.
+
+    Raises:
+        ValueError: unknown class or argument; the message names the nearest valid one.
+        TypeError: the description is neither a name nor a mapping.
+    """
+    if isinstance(description, kind):
+        return description
+    if isinstance(description, str):
+        description = {"class_path": description}
+    if not isinstance(description, Mapping):
+        raise TypeError(f"a {kind.__name__.lower()} is described by a name or a mapping; given: {description!r}")
+    if unknown := set(description) - {"class_path", "init_args"}:
+        raise ValueError(f"a description has the keys class_path and init_args; given besides: {sorted(unknown)}")
+    classes = {path: cls for cls in _concrete(kind) for path in (cls.__name__, _path(cls))}
+    name = description.get("class_path", "")
+    if name not in classes:
+        names = sorted(cls.__name__ for cls in _concrete(kind))
+        raise ValueError(f"unknown {kind.__name__.lower()} {name!r}.{nearest(str(name), names)}")
+    cls = classes[name]
+    arguments = dict(description.get("init_args") or {})
+    fields = [item.name for item in dataclasses.fields(cls)]
+    for key in arguments:
+        if key not in fields:
+            raise ValueError(f"{cls.__name__} has no argument {key!r}.{nearest(key, fields)}")
+    if "solver" in arguments:
+        arguments["solver"] = from_description(arguments["solver"], Solver)
+    return cls(**arguments)
+
+
+def nearest(given: str, valid: list[str]) -> str:
+    """`` Did you mean ...? Known: ...`` for an error message."""
+    close = difflib.get_close_matches(given, valid, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Known: {', '.join(valid) if valid else 'none'}."
+
+
+def _path(cls: type) -> str:
+    """Where a class is imported from; those of this package are public at its top."""
+    package = __package__ or ""
+    return f"{package}.{cls.__name__}" if cls.__module__.startswith(package) else f"{cls.__module__}.{cls.__qualname__}"
+
+
+def _concrete(kind: type[Choice]) -> Iterator[type[Choice]]:
+    for cls in kind.__subclasses__():
+        if not inspect.isabstract(cls):
+            yield cls
+        yield from _concrete(cls)

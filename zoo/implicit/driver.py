@@ -1,0 +1,115 @@
+"""The one loop that all solvers share.
+
+It owns the stopping rule, the count of evaluations, the best state so far, samples that stopped, values that are
+not finite, and the report. A sample that has stopped is frozen: nothing that happens to its batch mates later can
+move it, so the result of a sample does not depend on what else is in its batch.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from .report import SolverReport, SolverStatus, empty_report
+from .solvers.base import Map, Solver
+
+
+def solve(
+    f: Map,
+    z0: Tensor,
+    solver: Solver,
+    *,
+    scale: Tensor | None = None,
+    project: Callable[[Tensor], Tensor] | None = None,
+    trace: bool = False,
+) -> tuple[Tensor, SolverReport]:
+    """Iterate ``solver`` on z = f(z) from ``z0`` until every sample has stopped.
+
+    Differentiable by backpropagation through the iterations when grad mode is on.
+
+    Args:
+        f: the map on ``(B, N)`` matrices.
+        z0: ``(B, N)`` the start.
+        scale: ``(B,)`` what a relative residual is relative to; ``||f(z)||`` by default.
+        project: applied to each iterate before f sees it; for states that are narrower than solver arithmetic.
+        trace: keep the residual of every evaluation.
+
+    Returns:
+        ``(B, N)``, for each sample the iterate of the lowest residual that was looked at, and the report.
+    """
+    batch = z0.shape[0]
+    if batch == 0:
+        return z0, empty_report(z0.device, z0.dtype)
+
+    z = best = z0
+    best_residual = torch.full((batch,), torch.inf, dtype=z0.dtype, device=z0.device)
+    converged = torch.zeros(batch, dtype=torch.bool, device=z0.device)
+    failed = torch.zeros_like(converged)
+    improved_after_start = torch.zeros_like(converged)
+    steps = torch.full((batch,), solver.max_steps, device=z0.device)
+    residuals: list[Tensor] = []
+    memory = solver.init(f, z0)
+    some_stopped = False
+
+    for k in range(solver.max_steps + 1):
+        fz = f(z)
+        last = k == solver.max_steps
+        if k == 0 or last or (k + 1) % solver.check_every == 0:
+            residual = _residual(z, fz, solver, scale)
+            stopped = converged | failed
+            better = (residual < best_residual) & ~stopped  # false for NaN
+            best_residual = torch.where(better, residual, best_residual)
+            newly_converged = better & (residual <= solver.tol)
+            newly_failed = ~(residual.isfinite() | stopped)
+            converged = converged | newly_converged
+            failed = failed | newly_failed
+            if k > 0:
+                improved_after_start = improved_after_start | better
+            now_stopped = converged | failed
+            steps = torch.where(now_stopped & ~stopped, k, steps)
+            if trace:
+                residuals.append(torch.where(stopped, best_residual, residual))
+            # One transfer to the host for all decisions.
+            done, some_stopped, all_better, some_failed = torch.stack(
+                (now_stopped.all(), now_stopped.any(), (better | stopped).all(), newly_failed.any())
+            ).tolist()
+            best = z if all_better else torch.where(better.unsqueeze(1), z, best)
+            if done or last:
+                evaluations = k + 1
+                break
+            if some_failed:
+                z = torch.where(failed.unsqueeze(1), best, z)
+        elif trace:
+            residuals.append(torch.full_like(best_residual, torch.nan))
+
+        proposed, memory = solver.step(f, k, z, fz, memory)
+        if project is not None:
+            proposed = project(proposed)
+        z = torch.where((converged | failed).unsqueeze(1), z, proposed) if some_stopped else proposed
+
+    status = torch.full_like(steps, SolverStatus.MAX_STEPS)
+    if solver.max_steps > 0:
+        status = torch.where(improved_after_start, status, SolverStatus.DIVERGED)
+    status = torch.where(failed, SolverStatus.NON_FINITE, status)
+    status = torch.where(converged, SolverStatus.CONVERGED, status)
+    return best, SolverReport(
+        residual=best_residual.detach(),
+        steps=steps,
+        converged=converged,
+        status=status,
+        evaluations=evaluations,
+        trace=torch.stack(residuals).detach() if trace else None,
+    )
+
+
+def _residual(z: Tensor, fz: Tensor, solver: Solver, scale: Tensor | None) -> Tensor:
+    """``(B,)`` ||f(z) - z||, absolute or relative."""
+    with torch.no_grad():
+        residual = torch.linalg.vector_norm(fz - z, dim=1)
+        if solver.norm == "absolute":
+            return residual
+        if scale is None:
+            scale = torch.linalg.vector_norm(fz, dim=1)
+        return residual / scale.clamp_min(torch.finfo(residual.dtype).tiny)

@@ -1,0 +1,91 @@
+"""The maps that solvers iterate, as functions on ``(B, N)`` matrices: f itself, and the adjoint of f at z*."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Protocol, runtime_checkable
+
+import torch
+from torch import Tensor
+
+from .state import State, StateView
+
+
+@runtime_checkable
+class HasJacobian(Protocol):
+    """A map that knows its own Jacobian, for :class:`~zoo.implicit.Newton`."""
+
+    def jacobian(self, z: State, *inputs: State) -> Tensor:
+        """``(B, N, N)``: entry ``[b, i, j]`` = d f(z, x)_bi / d z_bj, in the order of the flattened state."""
+        ...
+
+
+class FlatMap:
+    """f(z, *inputs) on ``(B, N)`` matrices, called in the autocast state in which this object was made."""
+
+    def __init__(self, f: Callable[..., State], view: StateView, inputs: tuple[State, ...]) -> None:
+        self.f = f
+        self.view = view
+        self.inputs = inputs
+        self._autocast_dtype = autocast_dtype(view.device)
+
+    def __call__(self, z: Tensor) -> Tensor:
+        state = self.view.unflatten(z)
+        if self._autocast_dtype is None:
+            return self.view.flatten(self.f(state, *self.inputs))
+        with torch.autocast(self.view.device.type, dtype=self._autocast_dtype):
+            value = self.f(state, *self.inputs)
+        return self.view.flatten(value, casts=True)
+
+    def jacobian(self, z: Tensor) -> Tensor:
+        """``(B, N, N)``, from f's own ``jacobian`` if it has one, else by N vector-Jacobian products."""
+        if isinstance(self.f, HasJacobian):
+            J = self.f.jacobian(self.view.unflatten(z), *self.inputs)
+            expected = (self.view.batch, self.view.size, self.view.size)
+            if tuple(J.shape) != expected:
+                raise ValueError(
+                    f"{type(self.f).__name__}.jacobian must return df/dz of shape (B, N, N) = {expected}; "
+                    f"it returned shape {tuple(J.shape)}"
+                )
+            return J.to(z.dtype)
+        # Samples are independent, so the sum over the batch has the rows of all Jacobians at once: (N, B, N).
+        jacobian: Tensor = torch.func.jacrev(lambda z: self(z).sum(0))(z)
+        return jacobian.movedim(1, 0)
+
+
+class AdjointMap:
+    """u -> J^T u + g, with J = df/dz at z*, on the graph of one evaluation ``fz`` = f(z).
+
+    Its fixed point u = (I - J^T)^-1 g is what the implicit function theorem asks for.
+    """
+
+    def __init__(self, f: FlatMap, z: Tensor, fz: Tensor, g: Tensor) -> None:
+        self._f = f
+        self._z = z
+        self._fz = fz
+        self._g = g
+
+    def __call__(self, u: Tensor) -> Tensor:
+        (product,) = torch.autograd.grad(self._fz, self._z, u, retain_graph=True, allow_unused=True)
+        return self._g if product is None else product + self._g
+
+    def jacobian(self, u: Tensor) -> Tensor:
+        return self._f.jacobian(self._z.detach()).mT
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast would use on ``device`` here and now; None where autocast is off."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
+
+
+@contextmanager
+def full_precision(device: torch.device) -> Iterator[None]:
+    """Solver arithmetic: autocast off, in a state of its own."""
+    if autocast_dtype(device) is None:
+        yield
+        return
+    with torch.autocast(device.type, enabled=False):
+        yield

@@ -1,0 +1,39 @@
+"""Weights with a guarantee, by ``torch.nn.utils.parametrize``."""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+
+class SpectralBound(nn.Module):
+    """W = V min(1, bound / ||V||_2), so that ||W||_2 <= bound, exactly.
+
+    With ``bound < 1`` and a cell z -> phi(Wz + x) whose phi has slopes in [-1, 1], the cell is a contraction: its
+    equilibrium exists, is unique, and plain iteration finds it. The norm is the largest singular value itself, not a
+    power-iteration estimate, at the price of one SVD a solve.
+
+    Args:
+        bound: a positive number.
+
+    Example:
+        >>> torch.nn.utils.parametrize.register_parametrization(linear, "weight", SpectralBound(0.9))
+    """
+
+    def __init__(self, bound: float) -> None:
+        super().__init__()
+        if not bound > 0:
+            raise ValueError(f"SpectralBound(bound=...) takes a positive number; given: {bound!r}")
+        self.bound = bound
+
+    def forward(self, V: Tensor) -> Tensor:
+        """``(m, n)`` -> ``(m, n)``."""
+        norm = torch.linalg.matrix_norm(V, ord=2)
+        return V * (self.bound / norm).clamp_max(1)
+
+    def right_inverse(self, W: Tensor) -> Tensor:
+        """The parameter that an assignment ``module.weight = W`` stores."""
+        return W
+
+    def extra_repr(self) -> str:
+        return f"bound={self.bound}"

@@ -1,0 +1,150 @@
+"""States as pytrees, seen by solvers as one matrix.
+
+A state is any nested tuple, list or dict of real floating tensors that share batch dimension 0; the other
+dimensions are free. Solvers work on one ``(B, N)`` tensor, N being the number of entries of one sample. For a
+single contiguous (or channels-last) tensor that matrix is a view: nothing is copied.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils import _pytree as pytree
+
+State = Any
+"""A tensor, or a nested tuple, list or dict of tensors, batch first."""
+
+_CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
+
+
+@dataclass(frozen=True)
+class _Leaf:
+    """Where one tensor of the state stands in the ``(B, N)`` matrix."""
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    size: int
+    channels_last: bool
+
+    def flatten(self, x: Tensor) -> Tensor:
+        if self.channels_last:
+            x = x.movedim(1, -1)
+        return x.reshape(self.shape[0], self.size)
+
+    def unflatten(self, flat: Tensor) -> Tensor:
+        if not self.channels_last:
+            return flat.reshape(self.shape).to(self.dtype)
+        batch, channels, *spatial = self.shape
+        return flat.reshape(batch, *spatial, channels).movedim(-1, 1).to(self.dtype)
+
+
+class StateView:
+    """The ``(B, N)`` view of states that look like ``example``.
+
+    Attributes:
+        batch: B, the number of samples (may be 0).
+        size: N, the number of entries of one sample, all tensors together.
+        dtype: what solvers compute in: the widest dtype of the state, and at least float32.
+        device: the device of all tensors.
+
+    Raises:
+        TypeError: if the example holds anything but real floating tensors, or nothing at all.
+        ValueError: if tensors have no batch dimension, different batch sizes or different devices.
+    """
+
+    def __init__(self, example: State) -> None:
+        paths, self._spec = pytree.tree_flatten_with_path(example)
+        if not paths:
+            raise TypeError("the state holds no tensor; give a tensor, or a nested tuple, list or dict of tensors")
+        self._leaves = tuple(_leaf(f"state{pytree.keystr(path)}", x) for path, x in paths)
+        first: Tensor = paths[0][1]
+        for leaf, (_, x) in zip(self._leaves, paths, strict=True):
+            if x.shape[0] != first.shape[0]:
+                raise ValueError(
+                    "all tensors of a state share batch dimension 0, but "
+                    f"{self._leaves[0].name} has shape {tuple(first.shape)} and {leaf.name} has shape {leaf.shape}"
+                )
+            if x.device != first.device:
+                raise ValueError(
+                    "all tensors of a state live on one device, but "
+                    f"{self._leaves[0].name} is on {first.device} and {leaf.name} is on {x.device}"
+                )
+        self.batch = int(first.shape[0])
+        self.size = sum(leaf.size for leaf in self._leaves)
+        self.sizes = [leaf.size for leaf in self._leaves]
+        self.device = first.device
+        self.dtype = torch.float32
+        for leaf in self._leaves:
+            self.dtype = torch.promote_types(self.dtype, leaf.dtype)
+        # A state whose own dtype is narrower than the solver's is rounded when f sees it.
+        self.rounds = any(leaf.dtype != self.dtype for leaf in self._leaves)
+
+    def flatten(self, state: State, *, casts: bool = False) -> Tensor:
+        """One state as a ``(B, N)`` tensor of ``self.dtype``.
+
+        Args:
+            state: a pytree of the same structure and shapes as the example.
+            casts: accept other floating dtypes than the example's (autocast makes them).
+
+        Raises:
+            TypeError: structure or dtype differ from the example's.
+            ValueError: a shape differs from the example's.
+        """
+        found, spec = pytree.tree_flatten(state)
+        if spec != self._spec:
+            raise TypeError(
+                "f must return a state of the structure that it was given, "
+                f"but it was given {self._structure(self._spec)} and returned {self._structure(spec)}"
+            )
+        for leaf, x in zip(self._leaves, found, strict=True):
+            _check(leaf, x, casts=casts)
+        if len(found) == 1:
+            return self._leaves[0].flatten(found[0]).to(self.dtype)
+        return torch.cat([leaf.flatten(x).to(self.dtype) for leaf, x in zip(self._leaves, found, strict=True)], dim=1)
+
+    def unflatten(self, flat: Tensor) -> State:
+        """The state that a ``(B, N)`` tensor stands for, in the example's structure, shapes and dtypes."""
+        if len(self._leaves) == 1:
+            return pytree.tree_unflatten([self._leaves[0].unflatten(flat)], self._spec)
+        parts = flat.split(self.sizes, dim=1)
+        leaves = [leaf.unflatten(part) for leaf, part in zip(self._leaves, parts, strict=True)]
+        return pytree.tree_unflatten(leaves, self._spec)
+
+    def round(self, flat: Tensor) -> Tensor:
+        """``flat`` as the state's own dtypes can hold it."""
+        return self.flatten(self.unflatten(flat))
+
+    @staticmethod
+    def _structure(spec: pytree.TreeSpec) -> str:
+        return str(pytree.tree_unflatten(["tensor"] * spec.num_leaves, spec)).replace("'tensor'", "tensor")
+
+
+def _leaf(name: str, x: object) -> _Leaf:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"{name} is of type {type(x).__name__}; a state holds tensors only")
+    if not x.is_floating_point():
+        raise TypeError(f"{name} has dtype {x.dtype}; a state holds real floating tensors, so convert it first")
+    if x.dim() == 0:
+        raise ValueError(f"{name} has no dimension; a state is batch first: give it shape (B, ...), here (1,)")
+    layout = _CHANNELS_LAST.get(x.dim())
+    channels_last = layout is not None and x.is_contiguous(memory_format=layout) and not x.is_contiguous()
+    return _Leaf(name, tuple(x.shape), x.dtype, x.shape[1:].numel(), channels_last)
+
+
+def _check(leaf: _Leaf, x: object, *, casts: bool) -> None:
+    if not isinstance(x, Tensor):
+        raise TypeError(f"f returned a {type(x).__name__} for {leaf.name}, where a tensor was expected")
+    if tuple(x.shape) != leaf.shape:
+        raise ValueError(
+            f"f must keep the shape of the state: {leaf.name} has shape {leaf.shape}, f returned shape {tuple(x.shape)}"
+        )
+    if x.dtype != leaf.dtype and not (casts and x.is_floating_point()):
+        raise TypeError(
+            f"f must keep the dtype of the state: {leaf.name} has shape {leaf.shape} and dtype {leaf.dtype}, "
+            f"f returned shape {tuple(x.shape)} and dtype {x.dtype}; "
+            "start from a state of f's own dtype (z0), or cast inside f"
+        )

@@ -1,0 +1,108 @@
+"""Model names: what there is, and how to make it."""
+
+from __future__ import annotations
+
+import fnmatch
+import inspect
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from torch import nn
+
+from .implicit import Gradient, Solver, describe, from_description
+from .implicit.choices import nearest
+
+_CHOICES: dict[str, type[Solver] | type[Gradient]] = {"solver": Solver, "gradient": Gradient}
+
+
+@dataclass(frozen=True)
+class ModelSpec:
+    """What makes a model: its registered name and its arguments as plain data. Stored with weights."""
+
+    model: str
+    arguments: dict[str, Any]
+
+
+@dataclass(frozen=True)
+class _Entry:
+    builder: Callable[..., nn.Module]
+    preset: dict[str, Any]
+
+
+_MODELS: dict[str, _Entry] = {}
+
+
+def register_model(name: str, builder: Callable[..., nn.Module], **preset: Any) -> None:
+    """Give ``builder`` a name in the zoo.
+
+    Args:
+        name: what users type, like ``"tanh_deq"``.
+        builder: a module class, or a function that returns a module; its keyword arguments are the model's arguments.
+        preset: arguments that this name fixes as its own defaults; variants of one family differ in these only.
+
+    Raises:
+        ValueError: the name is taken.
+    """
+    if name in _MODELS:
+        raise ValueError(f"a model named {name!r} is registered already, by {_MODELS[name].builder.__qualname__}")
+    _MODELS[name] = _Entry(builder, preset)
+
+
+def list_models(pattern: str = "*") -> list[str]:
+    """The names of all models that match ``pattern`` (shell wildcards), sorted."""
+    return sorted(fnmatch.filter(_MODELS, pattern))
+
+
+def create_model(name: str, **arguments: Any) -> nn.Module:
+    """A model with random weights.
+
+    Args:
+        name: one of :func:`list_models`.
+        arguments: of the model's constructor. ``solver`` and ``gradient`` take objects of ``zoo.implicit``, or their
+            plain descriptions (:func:`zoo.implicit.describe`).
+
+    Returns:
+        the model; ``zoo.spec_of(model)`` tells how it was made.
+
+    Raises:
+        ValueError: unknown name or argument; the message names the nearest valid one.
+    """
+    if name not in _MODELS:
+        raise ValueError(f"unknown model {name!r}.{nearest(name, list_models())}")
+    entry = _MODELS[name]
+    valid = list(inspect.signature(entry.builder).parameters)
+    for key in arguments:
+        if key not in valid:
+            raise ValueError(f"model {name!r} has no argument {key!r}.{nearest(key, valid)}")
+    arguments = {**entry.preset, **arguments}
+    for key, kind in _CHOICES.items():
+        if arguments.get(key) is not None:
+            arguments[key] = from_description(arguments[key], kind)  # type: ignore[type-var]
+    model = entry.builder(**arguments)
+    _remember(model, ModelSpec(name, plain(arguments)))
+    return model
+
+
+def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
+    """Arguments as plain data: solvers and gradients become their descriptions."""
+    return {k: describe(v) if isinstance(v, Solver | Gradient) else v for k, v in arguments.items()}
+
+
+def spec_of(model: nn.Module) -> ModelSpec:
+    """How ``create_model`` or ``load_pretrained`` made this model.
+
+    Raises:
+        ValueError: the model was made in another way.
+    """
+    spec = getattr(model, "_zoo_spec", None)
+    if not isinstance(spec, ModelSpec):
+        raise ValueError(
+            f"this {type(model).__name__} was not made by zoo.create_model or zoo.load_pretrained, "
+            "so the zoo does not know its name and arguments; make it by name"
+        )
+    return spec
+
+
+def _remember(model: nn.Module, spec: ModelSpec) -> None:
+    model._zoo_spec = spec  # type: ignore[assignment]
