@@ -5,6 +5,31 @@
 >>> model = zoo.load_pretrained("tanh_deq.digits")
 """
 
-from . import implicit, tanh
+from . import implicit
 from .registry import ModelSpec, create_model, list_models, register_model, spec_of
 from .tanh import TanhCell, TanhDEQ
+from .weights import (
+    ReinitializedWarning,
+    WeightsError,
+    WeightsRecord,
+    list_weights,
+    load_pretrained,
+    save_weights,
+)
+
+__all__ = [
+    "ModelSpec",
+    "ReinitializedWarning",
+    "TanhCell",
+    "TanhDEQ",
+    "WeightsError",
+    "WeightsRecord",
+    "create_model",
+    "implicit",
+    "list_models",
+    "list_weights",
+    "load_pretrained",
+    "register_model",
+    "save_weights",
+    "spec_of",
+]

@@ -6,7 +6,8 @@ import fnmatch
 import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import Any
+from types import NoneType, UnionType
+from typing import Any, get_args, get_type_hints
 
 from torch import nn
 
@@ -67,6 +68,7 @@ def create_model(name: str, **arguments: Any) -> nn.Module:
 
     Raises:
         ValueError: unknown name or argument; the message names the nearest valid one.
+        TypeError: an argument of another type than the constructor declares.
     """
     if name not in _MODELS:
         raise ValueError(f"unknown model {name!r}.{nearest(name, list_models())}")
@@ -78,10 +80,26 @@ def create_model(name: str, **arguments: Any) -> nn.Module:
     arguments = {**entry.preset, **arguments}
     for key, kind in _CHOICES.items():
         if arguments.get(key) is not None:
-            arguments[key] = from_description(arguments[key], kind)  # type: ignore[type-var]
+            arguments[key] = from_description(arguments[key], kind)
+    _check_types(name, entry.builder, arguments)
     model = entry.builder(**arguments)
-    _remember(model, ModelSpec(name, plain(arguments)))
+    model._zoo_spec = ModelSpec(name, plain(arguments))  # type: ignore[assignment]  # noqa: SLF001
     return model
+
+
+def _check_types(name: str, builder: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+    """Raise TypeError where a number or word is not of the type that the constructor declares."""
+    declared = get_type_hints(builder.__init__ if isinstance(builder, type) else builder)
+    for key, value in arguments.items():
+        hint = declared.get(key, Any)
+        options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+        if not all(isinstance(option, type) for option in options):
+            continue  # containers and other generic types are the constructor's business
+        given = type(value)
+        accepted = given in options or (given is int and float in options)
+        if not accepted and not (given is not bool and isinstance(value, options)):
+            names = " or ".join("None" if option is NoneType else option.__name__ for option in options)
+            raise TypeError(f"argument {key!r} of model {name!r} takes {names}; given: {value!r} ({given.__name__})")
 
 
 def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -103,6 +121,3 @@ def spec_of(model: nn.Module) -> ModelSpec:
         )
     return spec
 
-
-def _remember(model: nn.Module, spec: ModelSpec) -> None:
-    model._zoo_spec = spec  # type: ignore[assignment]

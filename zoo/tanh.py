@@ -35,8 +35,8 @@ class TanhCell(nn.Module):
         return torch.tanh(self.linear(z) + x)
 
     def initial_state(self, x: Tensor) -> Tensor:
-        """z0 = 0, ``(B, n)``."""
-        return torch.zeros_like(x)
+        """z0 = 0, ``(B, n)``, in the dtype of the weights also where autocast made x narrower."""
+        return torch.zeros_like(x, dtype=next(self.parameters()).dtype)
 
     def jacobian(self, z: Tensor, x: Tensor) -> Tensor:
         """df/dz = diag(1 - tanh^2(W z + x)) W, ``(B, n, n)``; Newton solves with I minus this."""
@@ -97,12 +97,13 @@ class TanhDEQ(nn.Module):
         """
         if not image.is_floating_point():
             raise TypeError(f"TanhDEQ takes floating images in [0, 1]; given: {image.dtype}. Use image.float() / 255")
-        x = image.flatten(1)
-        if x.shape[1] != self.injection.in_features:
+        entries = image.shape[1:].numel()
+        if image.dim() == 0 or entries != self.injection.in_features:
             raise ValueError(
-                f"this TanhDEQ takes inputs of {self.injection.in_features} entries (in_features); "
-                f"given: shape {tuple(image.shape)}, that is {x.shape[1]} entries a sample"
+                f"this TanhDEQ takes a batch of inputs of {self.injection.in_features} entries (in_features); "
+                f"given: shape {tuple(image.shape)}, that is {entries} entries a sample"
             )
+        x = image.reshape(image.shape[0], entries)
         z, _ = self.deq(self.injection((x - self.mean) / self.std))
         logits: Tensor = self.classifier(z)
         return logits

@@ -45,15 +45,18 @@ def from_description(description: str | Mapping[str, Any] | Choice, kind: type[C
         raise ValueError(f"a description has the keys class_path and init_args; given besides: {sorted(unknown)}")
     classes = {path: cls for cls in _concrete(kind) for path in (cls.__name__, _path(cls))}
     name = description.get("class_path", "")
-    if name not in classes:
+    if not isinstance(name, str) or name not in classes:
         names = sorted(cls.__name__ for cls in _concrete(kind))
         raise ValueError(f"unknown {kind.__name__.lower()} {name!r}.{nearest(str(name), names)}")
     cls = classes[name]
-    arguments = dict(description.get("init_args") or {})
+    arguments = description.get("init_args") or {}
+    if not isinstance(arguments, Mapping):
+        raise TypeError(f"init_args of {cls.__name__} is a mapping of argument names to values; given: {arguments!r}")
+    arguments = dict(arguments)
     fields = [item.name for item in dataclasses.fields(cls)]
     for key in arguments:
         if key not in fields:
-            raise ValueError(f"{cls.__name__} has no argument {key!r}.{nearest(key, fields)}")
+            raise ValueError(f"{cls.__name__} has no argument {key!r}.{nearest(str(key), fields)}")
     if "solver" in arguments:
         arguments["solver"] = from_description(arguments["solver"], Solver)
     return cls(**arguments)

@@ -32,6 +32,7 @@ def solve(
     Args:
         f: the map on ``(B, N)`` matrices.
         z0: ``(B, N)`` the start.
+        solver: what makes the steps.
         scale: ``(B,)`` what a relative residual is relative to; ``||f(z)||`` by default.
         project: applied to each iterate before f sees it; for states that are narrower than solver arithmetic.
         trace: keep the residual of every evaluation.
@@ -41,7 +42,7 @@ def solve(
     """
     batch = z0.shape[0]
     if batch == 0:
-        return z0, empty_report(z0.device, z0.dtype)
+        return f(z0), empty_report(z0.device, z0.dtype)  # f(z0) has a graph, so that unrolled gradients exist
 
     z = best = z0
     best_residual = torch.full((batch,), torch.inf, dtype=z0.dtype, device=z0.device)
@@ -107,9 +108,11 @@ def solve(
 def _residual(z: Tensor, fz: Tensor, solver: Solver, scale: Tensor | None) -> Tensor:
     """``(B,)`` ||f(z) - z||, absolute or relative."""
     with torch.no_grad():
-        residual = torch.linalg.vector_norm(fz - z, dim=1)
+        residual: Tensor = torch.linalg.vector_norm(fz - z, dim=1)
         if solver.norm == "absolute":
             return residual
         if scale is None:
             scale = torch.linalg.vector_norm(fz, dim=1)
-        return residual / scale.clamp_min(torch.finfo(residual.dtype).tiny)
+        # Where f(z) is about 0 the quotient would overflow, and only f itself may say that it is not finite.
+        tiny = torch.finfo(residual.dtype).tiny
+        return residual / torch.maximum(scale, residual * tiny).clamp_min(tiny)

@@ -46,14 +46,14 @@ def fixed_point(
     Args:
         f: ``f(z, *inputs) -> z``, returning a state of the same structure, shapes and dtypes. If it has a method
             ``jacobian(z, *inputs) -> (B, N, N)``, :class:`Newton` uses that.
-        z0: the start: a tensor, or a nested tuple, list or dict of real floating tensors, batch first, of any shapes
-            that share dimension 0. No gradient flows to it, except with ``UnrolledGradient``.
+        z0: the start: a tensor, or a nested tuple, list or dict of real floating tensors, batch first, of any
+            shapes that share dimension 0. No gradient flows to it, except with ``UnrolledGradient``.
         inputs: further arguments of f, tensors or pytrees of tensors, batch first.
         solver: how it is solved; ``Anderson()`` by default.
         gradient: how it is differentiated; ``ImplicitGradient()`` by default.
         on_failure: what to do when a sample does not converge, here or in the adjoint solve: ``"ignore"``, ``"warn"``
-            (:class:`ConvergenceWarning`) or ``"raise"`` (:class:`ConvergenceError`). The best state is returned, and the
-            report tells, in each case.
+            (:class:`ConvergenceWarning`) or ``"raise"`` (:class:`ConvergenceError`). In the first two cases the best
+            state is returned; the report tells in each.
         trace: keep the residual of every evaluation in ``report.trace``.
         on_adjoint: called with the report of each adjoint solve, in the backward pass.
 
@@ -69,6 +69,7 @@ def fixed_point(
     _check_choices(solver, gradient, on_failure)
     view = StateView(z0)
     recording = torch.is_grad_enabled()
+    unrolling = recording and gradient.through_solver
 
     def finish_adjoint(report: SolverReport) -> None:
         if on_adjoint is not None:
@@ -77,9 +78,10 @@ def fixed_point(
 
     flat_map = FlatMap(f, view, inputs)
     with full_precision(view.device):
-        with torch.set_grad_enabled(recording and gradient.through_solver):
+        with torch.set_grad_enabled(unrolling):
+            start = view.flatten(z0) if unrolling else view.flatten(z0).detach()
             project = view.round if view.rounds else None
-            z, report = solve(flat_map, view.flatten(z0), solver, project=project, trace=trace)
+            z, report = solve(flat_map, start, solver, project=project, trace=trace)
         act_on_failure(report, on_failure, f"the fixed-point solve with {solver}")
         if recording:
             # Autocast caches the low-precision weights that the solve made, and those have no graph.

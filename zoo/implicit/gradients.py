@@ -14,6 +14,7 @@ from .driver import solve
 from .maps import AdjointMap, FlatMap, full_precision
 from .report import SolverReport
 from .solvers import Anderson, Solver
+from .solvers.base import _is_count, _is_number
 
 OnAdjoint = Callable[[SolverReport], None]
 
@@ -73,7 +74,7 @@ class ImplicitGradient(Gradient):
                 scale = torch.linalg.vector_norm(g, dim=1)
                 u, report = solve(AdjointMap(f, z_in, fz, g), g, self.solver, scale=scale)
             on_adjoint(report)
-            return u
+            return _RefuseSecondDerivative.apply(u, fz, g) if torch.is_grad_enabled() else u
 
         attached: Tensor = _Attach.apply(fz, z, adjoint)
         return attached
@@ -96,9 +97,9 @@ class PhantomGradient(Gradient):
     damping: float = 1.0
 
     def __post_init__(self) -> None:
-        if not isinstance(self.steps, int) or self.steps < 1:
+        if not _is_count(self.steps, at_least=1):
             raise ValueError(f"PhantomGradient(steps=...) takes an integer >= 1; given: {self.steps!r}")
-        if not 0 < self.damping <= 1:
+        if not (_is_number(self.damping) and 0 < self.damping <= 1):
             raise ValueError(f"PhantomGradient(damping=...) takes a number in (0, 1]; given: {self.damping!r}")
 
     def attach(self, f: FlatMap, z: Tensor, on_adjoint: OnAdjoint) -> Tensor:
@@ -129,30 +130,28 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fz: Tensor, z: Tensor, adjoint: Callable[[Tensor], Tensor] | None) -> Tensor:
         ctx.adjoint = adjoint
-        return z.detach()
+        return z.clone()  # the caller may change it in place; the graph of fz needs z as it is
 
     @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:  # type: ignore[override]
-        if ctx.adjoint is None:
-            return g, None, None
-        u = ctx.adjoint(g)
-        if torch.is_grad_enabled():
-            u = _RefuseSecondDerivative.apply(u.requires_grad_())
-        return u, None, None
+    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
+        return (g if ctx.adjoint is None else ctx.adjoint(g)), None, None
 
 
 class _RefuseSecondDerivative(torch.autograd.Function):
-    """Identity that raises when it is differentiated: u depends on z*, on f and on g in ways that it does not record."""
+    """u, which raises when it is differentiated: how it depends on z*, f and g is not recorded.
+
+    ``fz`` and ``g`` are there for their graphs: whoever differentiates with respect to anything behind them comes by.
+    """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor) -> Tensor:
+    def forward(ctx: Any, u: Tensor, fz: Tensor, g: Tensor) -> Tensor:
         return u.view_as(u)
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
         raise NotImplementedError(
-            "ImplicitGradient has no second derivative yet: the first one was asked for with create_graph=True, and now "
-            "it is differentiated. Use PhantomGradient(steps=...) or UnrolledGradient() where second derivatives are needed."
+            "ImplicitGradient has no second derivative: the first one was taken with create_graph=True, and now it is "
+            "differentiated. Use PhantomGradient(steps=...) or UnrolledGradient() where second derivatives are needed."
         )
 
 

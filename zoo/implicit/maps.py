@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
@@ -31,17 +31,15 @@ class FlatMap:
         self._autocast_dtype = autocast_dtype(view.device)
 
     def __call__(self, z: Tensor) -> Tensor:
-        state = self.view.unflatten(z)
-        if self._autocast_dtype is None:
-            return self.view.flatten(self.f(state, *self.inputs))
-        with torch.autocast(self.view.device.type, dtype=self._autocast_dtype):
-            value = self.f(state, *self.inputs)
-        return self.view.flatten(value, casts=True)
+        with self._autocast():
+            value = self.f(self.view.unflatten(z), *self.inputs)
+        return self.view.flatten(value, casts=self._autocast_dtype is not None)
 
     def jacobian(self, z: Tensor) -> Tensor:
         """``(B, N, N)``, from f's own ``jacobian`` if it has one, else by N vector-Jacobian products."""
         if isinstance(self.f, HasJacobian):
-            J = self.f.jacobian(self.view.unflatten(z), *self.inputs)
+            with self._autocast():
+                J = self.f.jacobian(self.view.unflatten(z), *self.inputs)
             expected = (self.view.batch, self.view.size, self.view.size)
             if tuple(J.shape) != expected:
                 raise ValueError(
@@ -52,6 +50,11 @@ class FlatMap:
         # Samples are independent, so the sum over the batch has the rows of all Jacobians at once: (N, B, N).
         jacobian: Tensor = torch.func.jacrev(lambda z: self(z).sum(0))(z)
         return jacobian.movedim(1, 0)
+
+    def _autocast(self) -> AbstractContextManager[object]:
+        if self._autocast_dtype is None:
+            return nullcontext()
+        return torch.autocast(self.view.device.type, dtype=self._autocast_dtype)
 
 
 class AdjointMap:

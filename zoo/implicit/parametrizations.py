@@ -28,8 +28,10 @@ class SpectralBound(nn.Module):
 
     def forward(self, V: Tensor) -> Tensor:
         """``(m, n)`` -> ``(m, n)``."""
-        norm = torch.linalg.matrix_norm(V, ord=2)
-        return V * (self.bound / norm).clamp_max(1)
+        if V.dim() != 2:
+            raise ValueError(f"SpectralBound takes a matrix of shape (m, n); given: shape {tuple(V.shape)}")
+        norm: Tensor = torch.linalg.matrix_norm(V, ord=2)
+        return V * (self.bound / norm.clamp_min(self.bound))
 
     def right_inverse(self, W: Tensor) -> Tensor:
         """The parameter that an assignment ``module.weight = W`` stores."""

@@ -86,10 +86,12 @@ class SolverReport:
         parts = [f"{int(self.converged.sum())} of {batch} samples converged in {self.evaluations} evaluations"]
         if batch:
             parts.append(f"worst residual {float(self.residual.max()):.2e}")
-        for status in SolverStatus:
-            if status is not SolverStatus.CONVERGED and (n := self.count(status)):
-                parts.append(f"{n} x {status.name}: {status.advice}")
+        parts += [f"{self.count(status)} x {status.name}: {status.advice}" for status in self.failures()]
         return "; ".join(parts)
+
+    def failures(self) -> list[SolverStatus]:
+        """The ways in which samples failed, each once."""
+        return [s for s in SolverStatus if s is not SolverStatus.CONVERGED and self.count(s)]
 
 
 def act_on_failure(report: SolverReport, on_failure: OnFailure, what: str) -> None:
@@ -105,11 +107,7 @@ def act_on_failure(report: SolverReport, on_failure: OnFailure, what: str) -> No
         return
     if on_failure == "raise":
         raise ConvergenceError(f"{what}: {report.summary()}", report)
-    advice = "; ".join(
-        f"{status.name}: {status.advice}"
-        for status in SolverStatus
-        if status is not SolverStatus.CONVERGED and report.count(status)
-    )
+    advice = "; ".join(f"{status.name}: {status.advice}" for status in report.failures())
     warnings.warn(f"{what} did not converge for every sample. {advice}", ConvergenceWarning, stacklevel=3)
 
 
@@ -127,5 +125,5 @@ def empty_report(device: torch.device, dtype: torch.dtype) -> SolverReport:
         steps=integers,
         converged=torch.zeros(0, dtype=torch.bool, device=device),
         status=integers.clone(),
-        evaluations=0,
+        evaluations=1,
     )

@@ -8,7 +8,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Map, Solver, _is_count
+from .base import Map, Solver, _is_count, _is_number
 
 
 class Memory(NamedTuple):
@@ -51,8 +51,8 @@ class Anderson(Solver):
             "memory",
             f"a positive multiple of mix_every={self.mix_every}",
         )
-        self._require(self.ridge > 0, "ridge", "a number > 0")
-        self._require(0 < self.damping <= 1, "damping", "a number in (0, 1]")
+        self._require(_is_number(self.ridge) and self.ridge > 0, "ridge", "a number > 0")
+        self._require(_is_number(self.damping) and 0 < self.damping <= 1, "damping", "a number in (0, 1]")
 
     @property
     def check_every(self) -> int:

@@ -1,4 +1,4 @@
-"""What a solver is: frozen hyper-parameters with pure ``init`` and ``step``. The loop is written once, in the driver."""
+"""What a solver is: frozen hyper-parameters with pure ``init`` and ``step``. The loop stands once, in the driver."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ Norm = Literal["relative", "absolute"]
 class Map(Protocol):
     """The map z -> f(z) on ``(B, N)`` matrices whose rows are independent samples."""
 
-    def __call__(self, z: Tensor) -> Tensor:
+    def __call__(self, z: Tensor, /) -> Tensor:
         """``(B, N)`` -> ``(B, N)``."""
         ...
 
-    def jacobian(self, z: Tensor) -> Tensor:
+    def jacobian(self, z: Tensor, /) -> Tensor:
         """``(B, N)`` -> ``(B, N, N)``, entry ``[b, i, j]`` = d f(z)_bi / d z_bj."""
         ...
 
@@ -42,7 +42,7 @@ class Solver(ABC):
     max_steps: int = 50
 
     def __post_init__(self) -> None:
-        self._require(self.tol >= 0, "tol", "a number >= 0")
+        self._require(_is_number(self.tol) and self.tol >= 0, "tol", "a number >= 0")
         self._require(self.norm in get_args(Norm), "norm", "'relative' or 'absolute'")
         self._require(_is_count(self.max_steps, at_least=0), "max_steps", "an integer >= 0")
 
@@ -73,6 +73,10 @@ class Solver(ABC):
     def _require(self, holds: bool, field: str, expected: str) -> None:
         if not holds:
             raise ValueError(f"{type(self).__name__}({field}=...) takes {expected}; given: {getattr(self, field)!r}")
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float) and not isinstance(value, bool)
 
 
 def _is_count(value: object, at_least: int) -> bool:

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Map, Solver
+from .base import Map, Solver, _is_number
 
 
 @dataclass(frozen=True)
@@ -25,7 +25,7 @@ class FixedPointIteration(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(0 < self.damping <= 1, "damping", "a number in (0, 1]")
+        self._require(_is_number(self.damping) and 0 < self.damping <= 1, "damping", "a number in (0, 1]")
 
     def init(self, f: Map, z0: Tensor) -> None:
         return None

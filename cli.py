@@ -1,0 +1,235 @@
+"""The command line: ``python cli.py fit|validate|test|predict -c configs/tanh_deq_digits.yaml``.
+
+Lightning's own LightningCLI in subclass mode, with five things on top: a checkpoint brings its own model and data, so
+that ``test --ckpt_path FILE`` needs nothing else; what is typed beats what the checkpoint says, and is shown; an error
+is one message that names the nearest valid spelling; ``fit`` ends by testing its best checkpoint; and a run that is
+interrupted leaves a checkpoint and says how to go on.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import sys
+import tempfile
+import time
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls jsonargparse's older names
+
+import pytorch_lightning as pl
+import torch
+import yaml
+from jsonargparse import Namespace
+from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
+from pytorch_lightning.utilities import rank_zero_info
+from pytorch_lightning.utilities.exceptions import MisconfigurationException
+from rich.console import Console
+from rich.table import Table
+
+import datamodules  # noqa: F401 - importing a class makes its short name known to the parser
+import lightning_modules
+from lightning_modules.checkpoints import CheckpointError, check_fits, read_checkpoint
+from lightning_modules.usage_errors import UsageError, explain
+from zoo import WeightsError
+
+SUBCOMMANDS = ("fit", "validate", "test", "predict")
+
+
+class Parser(LightningArgumentParser):
+    """Raises instead of exiting, so that every error passes through one door."""
+
+    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+        if not self.exit_on_error:  # jsonargparse trying one type after another
+            super().error(message, ex)
+        raise UsageError(explain(message, self)) from ex
+
+
+class SaveConfig(SaveConfigCallback):
+    """Writes ``config.yaml`` into the folder of this run alone, whichever logger is used."""
+
+    def __init__(self, *args: Any, **kwargs: Any) -> None:
+        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
+
+    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Write the configuration, for ``fit`` only: the other commands make nothing that it could repeat."""
+        if stage != "fit" or trainer.logger is None:
+            return
+        folder = lightning_modules.run_dir(trainer)
+        folder.mkdir(parents=True, exist_ok=True)
+        self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
+
+
+class ZooCLI(LightningCLI):
+    """LightningCLI for equilibrium models; see the module's docstring."""
+
+    def __init__(self, args: Sequence[str]) -> None:
+        self.checkpoint: dict[str, Any] | None = None
+        super().__init__(
+            model_class=lightning_modules.EquilibriumModule,
+            datamodule_class=pl.LightningDataModule,
+            subclass_mode_model=True,
+            subclass_mode_data=True,
+            save_config_callback=SaveConfig,
+            trainer_defaults={
+                "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": ""}},
+                "callbacks": [lightning_modules.InterruptCheckpoint(), lightning_modules.PredictionWriter()],
+            },
+            seed_everything_default=0,
+            parser_class=Parser,
+            args=list(args),
+        )
+
+    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
+        """Add what the zoo has beyond Lightning's arguments."""
+        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.set_defaults(
+            {
+                "checkpoint.monitor": "val/loss",
+                "checkpoint.mode": "min",
+                "checkpoint.filename": "best",
+                "checkpoint.save_last": True,
+                "checkpoint.enable_version_counter": False,
+            }
+        )
+        parser.add_argument(
+            "--test_after_fit", type=bool, default=True, help="After fit, test the best checkpoint on the test set."
+        )
+
+    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
+        """Parse, with the checkpoint's own model and data as the defaults of what is not given."""
+        path = _ckpt_path(args)
+        if path is None or not args or args[0] not in SUBCOMMANDS:
+            self.config = parser.parse_args(args)
+            return
+        self.checkpoint = read_checkpoint(path)
+        with tempfile.TemporaryDirectory() as folder:
+            defaults = Path(folder, "checkpoint.yaml")
+            defaults.write_text(yaml.safe_dump(self.checkpoint["made_by"]), encoding="utf-8")
+            self.config = parser.parse_args([args[0], "--config", str(defaults), *args[1:]])
+        self.config[args[0]].pop("config", None)
+        self._say_what_replaces_the_checkpoint(path, args[0])
+
+    def _parse_ckpt_path(self) -> None:
+        """Lightning would let the checkpoint's values replace typed ones here, without a word; see above."""
+
+    def instantiate_classes(self) -> None:
+        """Make model, data and trainer; what their constructors refuse is a usage error."""
+        try:
+            super().instantiate_classes()
+        except (ValueError, TypeError) as error:
+            raise UsageError(explain(str(error))) from error
+
+    def after_instantiate_classes(self) -> None:
+        """Refuse a checkpoint of another model before anything is touched."""
+        if self.checkpoint is not None:
+            check_fits(self.checkpoint, self.model)
+
+    def before_fit(self) -> None:
+        """Start the clock."""
+        self.started = time.monotonic()
+
+    def after_fit(self) -> None:
+        """Test the best checkpoint, and show what came out and where it is."""
+        seconds = time.monotonic() - self.started
+        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
+        if not best or self.trainer.interrupted:
+            return
+        metrics: dict[str, float] = {}
+        if self._get(self.config, "test_after_fit"):
+            (metrics,) = self.trainer.test(datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+        if self.trainer.is_global_zero:
+            _print_results(best, {**metrics, "training time (s)": seconds})
+
+    def _say_what_replaces_the_checkpoint(self, path: str, subcommand: str) -> None:
+        assert self.checkpoint is not None  # noqa: S101 - for the type checker
+        for group in ("model", "data"):
+            was = _flat(self.checkpoint["made_by"].get(group) or {}, group)
+            now = _flat(_as_dict(self.config[subcommand].get(group)), group)
+            for key in sorted(was.keys() & now.keys()):
+                if was[key] != now[key]:
+                    rank_zero_info(f"{key}: {now[key]!r} as given, in place of {was[key]!r} in {path}")
+                    if subcommand == "fit" and key.rpartition(".")[2] in {"lr", "weight_decay", "schedule"}:
+                        warnings.warn(
+                            f"{key}={now[key]!r} has NO effect here: fit --ckpt_path goes on with the optimizer state of "
+                            f"{path}. To train anew from those weights, start a fit without --ckpt_path",
+                            stacklevel=2,
+                        )
+
+
+def _print_results(best: str, values: Mapping[str, float]) -> None:
+    """What a fit ends with."""
+    table = Table(title="Result of the best checkpoint", title_justify="left")
+    table.add_column("")
+    table.add_column("value", justify="right")
+    for name, value in values.items():
+        table.add_row(name, f"{value:.4g}")
+    # The path is printed whole, where it can be copied: not in a table, which would fold it.
+    print(f"\nBest checkpoint: {best}\nTest it again:   python cli.py test --ckpt_path {best}\n")
+    Console().print(table)
+
+
+def _ckpt_path(args: Sequence[str]) -> str | None:
+    """The value of ``--ckpt_path`` on the command line."""
+    for i, arg in enumerate(args):
+        if arg == "--ckpt_path" and i + 1 < len(args):
+            return args[i + 1]
+        if arg.startswith("--ckpt_path="):
+            return arg.partition("=")[2]
+    return None
+
+
+def _as_dict(value: Any) -> dict[str, Any]:
+    return value.as_dict() if isinstance(value, Namespace) else dict(value or {})
+
+
+def _flat(value: dict[str, Any], prefix: str) -> dict[str, Any]:
+    """Nested dictionaries as one, with the dotted keys of the command line."""
+    flat: dict[str, Any] = {}
+    for key, item in value.items():
+        name = prefix if key == "init_args" else f"{prefix}.{key}"
+        if isinstance(item, dict):
+            flat.update(_flat(item, name))
+        else:
+            flat[name] = item
+    return flat
+
+
+def _silence_what_users_cannot_act_on() -> None:
+    # The default data fit in memory, where workers only cost; the advice to use more of them does not hold.
+    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
+    # Lightning 2.6 asks torch >= 2.13 in an older way.
+    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
+    # A test run has a folder of its own; nothing of the training run's callback is needed there.
+    warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
+    # An advertisement, at each start.
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+
+
+def main(args: Sequence[str] | None = None) -> ZooCLI | None:
+    """Run the command line. Returns the CLI object, for use from Python.
+
+    Raises:
+        SystemExit: 2 after an error of the user's, whose message is on standard error; set ``DEQ_ZOO_DEBUG=1`` for
+            the traceback.
+    """
+    _silence_what_users_cannot_act_on()
+    args = list(sys.argv[1:] if args is None else args)
+    argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns of arguments given twice
+    try:
+        return ZooCLI(args)
+    except (UsageError, CheckpointError, WeightsError, MisconfigurationException, FileNotFoundError) as error:
+        if os.environ.get("DEQ_ZOO_DEBUG"):
+            raise
+        print(f"error: {error}", file=sys.stderr)
+        raise SystemExit(2) from None
+    finally:
+        sys.argv = argv
+
+
+if __name__ == "__main__":
+    main()

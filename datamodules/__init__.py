@@ -1,0 +1,14 @@
+"""One LightningDataModule a dataset, for the CLI, for ``Trainer.fit`` and as plain DataLoaders."""
+
+from .digits import DigitsDataModule, digits_split
+from .image import ImageDataModule
+from .mnist import FashionMNISTDataModule, MNISTDataModule, mnist_split
+
+__all__ = [
+    "DigitsDataModule",
+    "FashionMNISTDataModule",
+    "ImageDataModule",
+    "MNISTDataModule",
+    "digits_split",
+    "mnist_split",
+]
