@@ -21,13 +21,12 @@ from typing import Any
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls jsonargparse's older names
 
 import pytorch_lightning as pl
-import torch
 import yaml
 from jsonargparse import Namespace
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info
-from pytorch_lightning.utilities.exceptions import MisconfigurationException
 from rich.console import Console
 from rich.table import Table
 
@@ -43,7 +42,7 @@ SUBCOMMANDS = ("fit", "validate", "test", "predict")
 class Parser(LightningArgumentParser):
     """Raises instead of exiting, so that every error passes through one door."""
 
-    def error(self, message: str, ex: Exception | None = None) -> Any:  # type: ignore[override]
+    def error(self, message: str, ex: Exception | None = None) -> Any:
         if not self.exit_on_error:  # jsonargparse trying one type after another
             super().error(message, ex)
         raise UsageError(explain(message, self)) from ex
@@ -141,7 +140,9 @@ class ZooCLI(LightningCLI):
             return
         metrics: dict[str, float] = {}
         if self._get(self.config, "test_after_fit"):
-            (metrics,) = self.trainer.test(datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+            metrics = dict(
+                *self.trainer.test(datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
+            )
         if self.trainer.is_global_zero:
             _print_results(best, {**metrics, "training time (s)": seconds})
 
@@ -155,8 +156,8 @@ class ZooCLI(LightningCLI):
                     rank_zero_info(f"{key}: {now[key]!r} as given, in place of {was[key]!r} in {path}")
                     if subcommand == "fit" and key.rpartition(".")[2] in {"lr", "weight_decay", "schedule"}:
                         warnings.warn(
-                            f"{key}={now[key]!r} has NO effect here: fit --ckpt_path goes on with the optimizer state of "
-                            f"{path}. To train anew from those weights, start a fit without --ckpt_path",
+                            f"{key}={now[key]!r} has NO effect here: fit --ckpt_path goes on with the optimizer state "
+                            f"of {path}. To train with another {key}, start a fit without --ckpt_path",
                             stacklevel=2,
                         )
 
@@ -219,7 +220,7 @@ def main(args: Sequence[str] | None = None) -> ZooCLI | None:
     """
     _silence_what_users_cannot_act_on()
     args = list(sys.argv[1:] if args is None else args)
-    argv, sys.argv = sys.argv, sys.argv[:1]  # LightningCLI warns of arguments given twice
+    argv, sys.argv = sys.argv, [__file__, *args]  # what the ddp strategy starts its other processes with
     try:
         return ZooCLI(args)
     except (UsageError, CheckpointError, WeightsError, MisconfigurationException, FileNotFoundError) as error:

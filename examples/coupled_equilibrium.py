@@ -36,10 +36,13 @@ class CoupledCell(nn.Module):
 
 def dense_gradient(cell: CoupledCell, x: Tensor, y: Tensor, u: Tensor) -> Tensor:
     """d(sum x* + sum y*)/du of one sample, from the 8 x 8 system (I - J^T) w = 1."""
-    J = torch.autograd.functional.jacobian(lambda z: torch.cat(cell((z[None, :3], z[None, 3:]), u[None]), 1)[0], z(x, y))
+    J = torch.autograd.functional.jacobian(
+        lambda z: torch.cat(cell((z[None, :3], z[None, 3:]), u[None]), 1)[0], z(x, y)
+    )
     w = torch.linalg.solve(torch.eye(8, dtype=u.dtype) - J.T, torch.ones(8, dtype=u.dtype))
     df_du = torch.autograd.functional.jacobian(lambda u: torch.cat(cell((x[None], y[None]), u[None]), 1)[0], u)
-    return df_du.T @ w
+    gradient: Tensor = df_du.T @ w
+    return gradient
 
 
 def z(x: Tensor, y: Tensor) -> Tensor:

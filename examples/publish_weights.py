@@ -6,6 +6,7 @@ The recorded metric is measured on the file that was written, read back as a use
 """
 
 import sys
+from collections.abc import Iterable
 
 import torch
 
@@ -33,21 +34,22 @@ def main(checkpoint: str, name: str) -> None:
         recipe="make weights",
         metrics={},
         licence="MIT",
-        preprocessing="images (B, 1, 8, 8) with values in [0, 1], that is scikit-learn's pixels / 16; the model normalises",
+        preprocessing="images (B, 1, 8, 8) in [0, 1], that is scikit-learn's pixels / 16; the model normalises",
         classes=list(data.class_names),
     )
     save_record(draft)
-    metrics = {f"{part}_accuracy": accuracy(name, getattr(data.splits, part)) for part in ("val", "test")}
+    loaders = {"val": data.val_dataloader(), "test": data.test_dataloader()}
+    metrics = {f"{part}_accuracy": accuracy(name, loader) for part, loader in loaders.items()}
     record = WeightsRecord(**{**vars(draft), "metrics": metrics})
     print(f"Wrote {path}, {save_record(record)} and {write_table()}: {metrics}")
 
 
-def accuracy(name: str, dataset: torch.utils.data.Dataset[tuple[torch.Tensor, torch.Tensor]]) -> float:
-    """The fraction of the data set that the published weights get right."""
-    images, labels = map(torch.stack, zip(*(dataset[i] for i in range(len(dataset))), strict=True))  # type: ignore[arg-type]
-    with torch.no_grad():
-        prediction = zoo.load_pretrained(name)(images).argmax(dim=1)
-    return int((prediction == labels).sum()) / len(labels)
+@torch.no_grad()
+def accuracy(name: str, loader: Iterable[tuple[torch.Tensor, torch.Tensor]]) -> float:
+    """The fraction of the samples that the published weights get right."""
+    model = zoo.load_pretrained(name)
+    hits = torch.cat([model(image).argmax(dim=1) == label for image, label in loader])
+    return int(hits.sum()) / hits.numel()
 
 
 if __name__ == "__main__":

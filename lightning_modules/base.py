@@ -77,8 +77,9 @@ class EquilibriumModule(pl.LightningModule):
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which classes made this run, so that ``cli.py test --ckpt_path`` needs nothing else."""
         classes = {"model": _class_path(self)}
-        if self.trainer.datamodule is not None:
-            classes["data"] = _class_path(self.trainer.datamodule)
+        data: pl.LightningDataModule | None = getattr(self.trainer, "datamodule", None)
+        if data is not None:
+            classes["data"] = _class_path(data)
         checkpoint["deq_zoo_classes"] = classes
 
     def equilibria(self) -> dict[str, DEQ]:
@@ -178,5 +179,7 @@ def _make_model(model: str, pretrained: str | None, arguments: dict[str, Any]) -
         return zoo.create_model(model, **arguments)
     found = zoo.load_pretrained(pretrained, **arguments)
     if (theirs := zoo.spec_of(found).model) != model:
-        raise ValueError(f"pretrained={pretrained!r} are weights of model {theirs!r}, but model={model!r} was asked for")
+        raise ValueError(
+            f"pretrained={pretrained!r} are weights of model {theirs!r}, but model={model!r} was asked for"
+        )
     return found.train()

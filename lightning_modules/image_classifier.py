@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from typing import Any, Literal
 
 from torch import Tensor
-from torch.nn import functional as F  # noqa: N812 - the customary name
+from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
 
 from zoo.implicit import Gradient, Solver

@@ -134,8 +134,9 @@ def _resolve(path: str) -> Any:
 
 
 def _concrete(base: type) -> Iterable[type]:
-    """The public subclasses of the zoo that can be instantiated."""
-    for cls in base.__subclasses__():
+    """The subclasses that can be instantiated and are not private."""
+    subclasses: list[type] = base.__subclasses__()
+    for cls in subclasses:
         if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
             yield cls
         yield from _concrete(cls)

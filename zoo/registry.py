@@ -7,7 +7,7 @@ import inspect
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
 from torch import nn
 
@@ -73,7 +73,8 @@ def create_model(name: str, **arguments: Any) -> nn.Module:
     if name not in _MODELS:
         raise ValueError(f"unknown model {name!r}.{nearest(name, list_models())}")
     entry = _MODELS[name]
-    valid = list(inspect.signature(entry.builder).parameters)
+    parameters = inspect.signature(entry.builder, eval_str=True).parameters
+    valid = list(parameters)
     for key in arguments:
         if key not in valid:
             raise ValueError(f"model {name!r} has no argument {key!r}.{nearest(key, valid)}")
@@ -81,25 +82,23 @@ def create_model(name: str, **arguments: Any) -> nn.Module:
     for key, kind in _CHOICES.items():
         if arguments.get(key) is not None:
             arguments[key] = from_description(arguments[key], kind)
-    _check_types(name, entry.builder, arguments)
+    for key, value in arguments.items():
+        _check_type(name, key, value, parameters[key].annotation)
     model = entry.builder(**arguments)
     model._zoo_spec = ModelSpec(name, plain(arguments))  # type: ignore[assignment]  # noqa: SLF001
     return model
 
 
-def _check_types(name: str, builder: Callable[..., Any], arguments: Mapping[str, Any]) -> None:
+def _check_type(name: str, key: str, value: Any, hint: Any) -> None:
     """Raise TypeError where a number or word is not of the type that the constructor declares."""
-    declared = get_type_hints(builder.__init__ if isinstance(builder, type) else builder)
-    for key, value in arguments.items():
-        hint = declared.get(key, Any)
-        options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-        if not all(isinstance(option, type) for option in options):
-            continue  # containers and other generic types are the constructor's business
-        given = type(value)
-        accepted = given in options or (given is int and float in options)
-        if not accepted and not (given is not bool and isinstance(value, options)):
-            names = " or ".join("None" if option is NoneType else option.__name__ for option in options)
-            raise TypeError(f"argument {key!r} of model {name!r} takes {names}; given: {value!r} ({given.__name__})")
+    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
+    if hint in (Any, inspect.Parameter.empty) or not all(isinstance(option, type) for option in options):
+        return  # containers and other generic types are the constructor's business
+    given = type(value)
+    if given in options or (given is int and float in options) or (given is not bool and isinstance(value, options)):
+        return
+    names = " or ".join("None" if option is NoneType else option.__name__ for option in options)
+    raise TypeError(f"argument {key!r} of model {name!r} takes {names}; given: {value!r} ({given.__name__})")
 
 
 def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:
@@ -120,4 +119,3 @@ def spec_of(model: nn.Module) -> ModelSpec:
             "so the zoo does not know its name and arguments; make it by name"
         )
     return spec
-

@@ -160,7 +160,7 @@ def markdown_table() -> str:
     lines = [
         "# Weights that ship with the zoo",
         "",
-        "Generated from the records beside them (`examples/publish_weights.py`); do not edit. Each file is a safetensors",
+        "Generated from the records beside them (`examples/publish_weights.py`); do not edit. Each is a safetensors",
         "file with the model's name and arguments in its header, and is verified at each load.",
         "",
         "| name | parameters | trained on | metrics | input | licence | made by | sha256 |",
