@@ -175,13 +175,11 @@ def _print_results(best: str, values: Mapping[str, float]) -> None:
 
 
 def _ckpt_path(args: Sequence[str]) -> str | None:
-    """The value of ``--ckpt_path`` on the command line."""
-    for i, arg in enumerate(args):
-        if arg == "--ckpt_path" and i + 1 < len(args):
-            return args[i + 1]
-        if arg.startswith("--ckpt_path="):
-            return arg.partition("=")[2]
-    return None
+    """The file that ``--ckpt_path`` names on the command line; None for Lightning's own words, like ``last``."""
+    values = [b for a, b in zip(args, args[1:], strict=False) if a == "--ckpt_path"]
+    values += [arg.partition("=")[2] for arg in args if arg.startswith("--ckpt_path=")]
+    files = [value for value in values if value not in {"best", "last", "hpc"} and not value.startswith("registry")]
+    return files[-1] if files else None
 
 
 def _as_dict(value: Any) -> dict[str, Any]:
