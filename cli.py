@@ -8,6 +8,7 @@ interrupted leaves a checkpoint and says how to go on.
 
 from __future__ import annotations
 
+import itertools
 import logging
 import os
 import sys
@@ -176,7 +177,7 @@ def _print_results(best: str, values: Mapping[str, float]) -> None:
 
 def _ckpt_path(args: Sequence[str]) -> str | None:
     """The file that ``--ckpt_path`` names on the command line; None for Lightning's own words, like ``last``."""
-    values = [b for a, b in zip(args, args[1:], strict=False) if a == "--ckpt_path"]
+    values = [b for a, b in itertools.pairwise(args) if a == "--ckpt_path"]
     values += [arg.partition("=")[2] for arg in args if arg.startswith("--ckpt_path=")]
     files = [value for value in values if value not in {"best", "last", "hpc"} and not value.startswith("registry")]
     return files[-1] if files else None
