@@ -15,15 +15,16 @@ import sys
 import tempfile
 import time
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeGuard
 
 os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls jsonargparse's older names
 
 import pytorch_lightning as pl
+import torch
 import yaml
-from jsonargparse import Namespace
+from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import ModelCheckpoint
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
@@ -42,6 +43,15 @@ SUBCOMMANDS = ("fit", "validate", "test", "predict")
 
 class Parser(LightningArgumentParser):
     """Raises instead of exiting, so that every error passes through one door."""
+
+    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
+        """As always; a configuration that is not text is one more error."""
+        try:
+            return super().parse_args(*args, **kwargs)
+        except UnicodeDecodeError as error:
+            self.error(
+                "a configuration is a text file, and one of those given is not; --ckpt_path takes checkpoints", error
+            )
 
     def error(self, message: str, ex: Exception | None = None) -> Any:
         if not self.exit_on_error:  # jsonargparse trying one type after another
@@ -81,6 +91,7 @@ class ZooCLI(LightningCLI):
             },
             seed_everything_default=0,
             parser_class=Parser,
+            parser_kwargs={"allow_abbrev": False},  # a typo is not an abbreviation
             args=list(args),
         )
 
@@ -97,25 +108,40 @@ class ZooCLI(LightningCLI):
             }
         )
         parser.add_argument(
+            "--num_threads",
+            type=PositiveInt | None,
+            default=None,
+            help="CPU threads of one operation; torch's default is one a core, and small models are fastest with 1.",
+        )
+        parser.add_argument(
             "--test_after_fit", type=bool, default=True, help="After fit, test the best checkpoint on the test set."
         )
 
     def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
         """Parse, with the checkpoint's own model and data as the defaults of what is not given."""
         path = _ckpt_path(args)
-        if path is None or not args or args[0] not in SUBCOMMANDS:
+        if _is_a_file(path) and args[0] in SUBCOMMANDS:
+            self.checkpoint = read_checkpoint(path)
+            with tempfile.TemporaryDirectory() as folder:
+                defaults = Path(folder, "checkpoint.yaml")
+                defaults.write_text(yaml.safe_dump(self.checkpoint["made_by"]), encoding="utf-8")
+                self.config = parser.parse_args([args[0], "--config", str(defaults), *args[1:]])
+            self.config[args[0]].pop("config", None)
+            self.config[args[0]].ckpt_path = path  # also where a configuration after it names another
+        else:
             self.config = parser.parse_args(args)
-            return
-        self.checkpoint = read_checkpoint(path)
-        with tempfile.TemporaryDirectory() as folder:
-            defaults = Path(folder, "checkpoint.yaml")
-            defaults.write_text(yaml.safe_dump(self.checkpoint["made_by"]), encoding="utf-8")
-            self.config = parser.parse_args([args[0], "--config", str(defaults), *args[1:]])
-        self.config[args[0]].pop("config", None)
-        self._say_what_replaces_the_checkpoint(path, args[0])
+            path = self.config[self.config.subcommand].ckpt_path  # a configuration can name one too
+            self.checkpoint = read_checkpoint(path) if _is_a_file(path) else None
+        if self.checkpoint is not None:
+            self._say_what_replaces(self.checkpoint, self.config.subcommand)
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint's values replace typed ones here, without a word; see above."""
+
+    def before_instantiate_classes(self) -> None:
+        """Set the number of threads before anything is computed."""
+        if (threads := self._get(self.config, "num_threads")) is not None:
+            torch.set_num_threads(threads)
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; what their constructors refuse is a usage error."""
@@ -147,20 +173,17 @@ class ZooCLI(LightningCLI):
         if self.trainer.is_global_zero:
             _print_results(best, {**metrics, "training time (s)": seconds})
 
-    def _say_what_replaces_the_checkpoint(self, path: str, subcommand: str) -> None:
-        assert self.checkpoint is not None  # noqa: S101 - for the type checker
-        for group in ("model", "data"):
-            was = _flat(self.checkpoint["made_by"].get(group) or {}, group)
-            now = _flat(_as_dict(self.config[subcommand].get(group)), group)
-            for key in sorted(was.keys() & now.keys()):
-                if was[key] != now[key]:
-                    rank_zero_info(f"{key}: {now[key]!r} as given, in place of {was[key]!r} in {path}")
-                    if subcommand == "fit" and key.rpartition(".")[2] in {"lr", "weight_decay", "schedule"}:
-                        warnings.warn(
-                            f"{key}={now[key]!r} has NO effect here: fit --ckpt_path goes on with the optimizer state "
-                            f"of {path}. To train with another {key}, start a fit without --ckpt_path",
-                            stacklevel=2,
-                        )
+    def _say_what_replaces(self, checkpoint: dict[str, Any], subcommand: str) -> None:
+        path, config = checkpoint["path"], self.config[subcommand].as_dict()
+        for group, made_by in checkpoint["made_by"].items():
+            for key, was, now in _differences(made_by, config[group], group):
+                rank_zero_info(f"{key}: {_short(now)} as given, in place of {_short(was)} in {path}")
+                if subcommand == "fit" and key.rpartition(".")[2] in {"lr", "weight_decay", "schedule"}:
+                    warnings.warn(
+                        f"{key}={_short(now)} has NO effect here: fit --ckpt_path goes on with the optimizer state "
+                        f"of {path}. To train with another {key}, start a fit without --ckpt_path",
+                        stacklevel=2,
+                    )
 
 
 def _print_results(best: str, values: Mapping[str, float]) -> None:
@@ -176,27 +199,39 @@ def _print_results(best: str, values: Mapping[str, float]) -> None:
 
 
 def _ckpt_path(args: Sequence[str]) -> str | None:
-    """The file that ``--ckpt_path`` names on the command line; None for Lightning's own words, like ``last``."""
-    values = [b for a, b in itertools.pairwise(args) if a == "--ckpt_path"]
-    values += [arg.partition("=")[2] for arg in args if arg.startswith("--ckpt_path=")]
-    files = [value for value in values if value not in {"best", "last", "hpc"} and not value.startswith("registry")]
-    return files[-1] if files else None
+    """The last value of ``--ckpt_path`` on the command line."""
+    joined = [f"{a}={b}" if a == "--ckpt_path" else a for a, b in itertools.pairwise([*args, ""])]
+    values = [arg.partition("=")[2] for arg in joined if arg.startswith("--ckpt_path=")]
+    return values[-1] if values else None
 
 
-def _as_dict(value: Any) -> dict[str, Any]:
-    return value.as_dict() if isinstance(value, Namespace) else dict(value or {})
+def _is_a_file(ckpt_path: str | None) -> TypeGuard[str]:
+    """False for Lightning's own words for ``--ckpt_path``, like ``last``."""
+    if not ckpt_path:
+        return False
+    return ckpt_path not in {"best", "last", "hpc"} and not ckpt_path.startswith("registry")
 
 
-def _flat(value: dict[str, Any], prefix: str) -> dict[str, Any]:
-    """Nested dictionaries as one, with the dotted keys of the command line."""
-    flat: dict[str, Any] = {}
-    for key, item in value.items():
-        name = prefix if key == "init_args" else f"{prefix}.{key}"
-        if isinstance(item, dict):
-            flat.update(_flat(item, name))
-        else:
-            flat[name] = item
-    return flat
+def _differences(was: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
+    """Where two configurations differ: the dotted key of the command line, and both values."""
+    if not (isinstance(was, dict) and isinstance(now, dict) and was.get("class_path") == now.get("class_path")):
+        if was != now:
+            yield key, was, now
+    elif "class_path" in was:
+        was, now = was.get("init_args", {}), now.get("init_args", {})
+        for name in sorted(was.keys() & now.keys()):
+            yield from _differences(was[name], now[name], f"{key}.{name}")
+    else:
+        for name in sorted(was.keys() | now.keys()):
+            yield from _differences(was.get(name), now.get(name), f"{key}.{name}")
+
+
+def _short(value: Any) -> str:
+    """``{"class_path": "zoo.implicit.Newton", "init_args": {"tol": 0.1}}`` -> ``Newton(tol=0.1)``."""
+    if not (isinstance(value, dict) and "class_path" in value):
+        return repr(value)
+    arguments = ", ".join(f"{name}={_short(item)}" for name, item in value.get("init_args", {}).items())
+    return f"{value['class_path'].rpartition('.')[2]}({arguments})"
 
 
 def _silence_what_users_cannot_act_on() -> None:

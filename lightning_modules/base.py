@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any, Literal
@@ -60,6 +61,10 @@ class EquilibriumModule(pl.LightningModule):
                 "jacobian_weight takes a number >= 0 and jacobian_frequency one in [0, 1]; "
                 f"given: {jacobian_weight!r} and {jacobian_frequency!r}"
             )
+        if lr < 0 or weight_decay < 0:
+            raise ValueError(f"lr and weight_decay take numbers >= 0; given: {lr!r} and {weight_decay!r}")
+        if schedule not in ("cosine", "constant"):
+            raise ValueError(f"schedule takes 'cosine' or 'constant'; given: {schedule!r}")
         arguments = dict(model_args or {})
         choices = {"solver": solver, "gradient": gradient}
         arguments.update({key: value for key, value in choices.items() if value is not None})
@@ -171,7 +176,11 @@ class EquilibriumModule(pl.LightningModule):
 
 
 def _class_path(thing: object) -> str:
-    return f"{type(thing).__module__}.{type(thing).__qualname__}"
+    """Where the class is imported from: its package if it is public there, as configurations name it."""
+    cls = type(thing)
+    package = cls.__module__.partition(".")[0]
+    public = getattr(sys.modules[package], cls.__name__, None) is cls
+    return f"{package if public else cls.__module__}.{cls.__qualname__}"
 
 
 def _make_model(model: str, pretrained: str | None, arguments: dict[str, Any]) -> nn.Module:

@@ -28,11 +28,14 @@ class InterruptCheckpoint(Callback):
         """Write ``interrupted.ckpt`` beside the other checkpoints, if training had begun."""
         if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step == 0:
             return
-        path = run_dir(trainer) / "checkpoints" / "interrupted.ckpt"
-        trainer.save_checkpoint(path)
+        folder = run_dir(trainer)
+        path = folder / "checkpoints" / "interrupted.ckpt"
+        trainer.save_checkpoint(path, weights_only=False)
+        # The checkpoint knows the model and the data; the number of epochs, the logger and the rest are in this file.
+        config = f"-c {folder / 'config.yaml'} " if (folder / "config.yaml").is_file() else ""
         rank_zero_info(
             f"Stopped at step {trainer.global_step} by {type(exception).__name__}. The state is saved in {path}\n"
-            f"To go on:    python cli.py fit --ckpt_path {path}\n"
+            f"To go on:    python cli.py fit {config}--ckpt_path {path}\n"
             f"To test it:  python cli.py test --ckpt_path {path}"
         )
 

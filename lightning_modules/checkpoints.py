@@ -30,8 +30,8 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     """
     file = Path(path)
     if not file.is_file():
-        folder = file.parent if file.parent.is_dir() else None
-        near = sorted(str(p) for p in folder.glob("*.ckpt")) if folder else []
+        folder = file if file.is_dir() else file.parent
+        near = sorted(map(str, folder.glob("*.ckpt")))
         there = f"in that folder there are: {', '.join(near)}" if near else "there is no checkpoint in that folder"
         raise CheckpointError(f"no checkpoint at {path}; {there}")
     content = _load(file)
@@ -71,11 +71,16 @@ def check_fits(checkpoint: dict[str, Any], module: pl.LightningModule) -> None:
 def _load(file: Path) -> dict[str, Any]:
     try:
         with zipfile.ZipFile(file) as archive:
-            damaged = archive.testzip()  # reads everything and compares checksums; torch.load does not
+            # Of what torch.save writes no part is compressed or a folder; torch.load would not read what is marked as
+            # a folder, and return whatever is in memory.
+            parts = archive.infolist()
+            strange = [p.filename for p in parts if p.compress_type != zipfile.ZIP_STORED or p.external_attr & 0x10]
+            # Reads everything and compares checksums; torch.load does not.
+            damaged = strange[0] if strange else archive.testzip()
     except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
         raise CheckpointError(f"{file} is damaged, or not a checkpoint: {error}") from None
     if damaged is not None:
-        raise CheckpointError(f"{file} is damaged: the checksum of its part {damaged} does not match its content")
+        raise CheckpointError(f"{file} is damaged: its part {damaged} does not match its checksum or its kind")
     try:
         content = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:

@@ -53,6 +53,10 @@ class ImageClassifier(EquilibriumModule):
         weight_decay: float = 0.0,
         schedule: Literal["cosine", "constant"] = "cosine",
     ) -> None:
+        if not 0 <= label_smoothing < 1:
+            raise ValueError(f"label_smoothing takes a number in [0, 1); given: {label_smoothing!r}")
+        if "num_classes" in (model_args or {}):
+            raise ValueError("num_classes is an argument of its own, beside model_args, and not one of them")
         super().__init__(
             model=model,
             model_args={**(model_args or {}), "num_classes": num_classes},

@@ -21,10 +21,15 @@ _OPTION = re.compile(r"Option '([^']+)' is not accepted")
 _CLASS = re.compile(r"Problem with given class_path '([^']+)'")
 _KEY = re.compile(r'Parser key "([^"]+)"')
 _TYPE = re.compile(r"Expected (?:a |an )?(.+?)\. Got value: (.*)")
-_NAME = re.compile(r"Expected a dot import path string: (\S+)")
-_SUBTYPES = re.compile(r"Subtypes: \[<class '([^']+)'>")
-_UNRECOGNIZED = re.compile(r"unrecognized arguments: (\S+)")
+_NAME = re.compile(
+    r"Expected a dot import path string: (\S+)"
+    r"|Problem with given class_path '([^']+)':\s+(?:No module named|module '\S+' has no attribute)"
+)
+_SUBTYPES = re.compile(r"Subtypes: \[.*?<class '([^']+)'>")
+_UNRECOGNIZED = re.compile(r"(?:unrecognized arguments:|does not accept option) '?([^\s']+)")
 _CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
+_EARLY = re.compile(r"is not accepted before subcommand '(\w+)'")
+_CONFIG = re.compile(r"Unexpected config:(.*)", re.DOTALL)
 _FILE = re.compile(r"File does not exist: '([^']+)'")
 _REQUIRED = re.compile(r"the following arguments are required: (.*)|Key \"(\w+)\" is required")
 _NOISE = re.compile(r"Expected a <class 'NoneType'>|Does not validate|Problem with given|Expected a path but")
@@ -41,11 +46,13 @@ def explain(message: str, parser: argparse.ArgumentParser | None = None) -> str:
         the sentence; ``message`` itself where its kind is not known.
     """
     text = message.strip()
-    for tell in (_unknown_option, _wrong_type, _unknown_class):
+    for tell in (_too_early, _unknown_option, _wrong_type, _unknown_class, _no_keys):
         if (told := tell(text)) is not None:
             return told
     if found := _UNRECOGNIZED.search(text):
-        return f"unknown argument {found[1]!r}.{_closest(found[1].partition('=')[0], _options(parser))}"
+        given, dashes = found[1].partition("=")[0], "--" if found[1].startswith("-") else ""
+        valid = (dashes + option.removeprefix("--") for option in _options(parser))
+        return f"unknown argument {found[1]!r}.{_closest(given, valid) or ' See --help'}"
     if found := _CHOICE.search(text):
         commands = re.findall(r"[\w-]+", found[2])
         return f"unknown command {found[1]!r}.{nearest(found[1], commands)}"
@@ -59,6 +66,17 @@ def explain(message: str, parser: argparse.ArgumentParser | None = None) -> str:
             "or to validate, test and predict a checkpoint, like --ckpt_path runs/.../best.ckpt"
         )
     return _innermost(text)
+
+
+def _too_early(text: str) -> str | None:
+    found = _EARLY.search(text)
+    return found and f"what is given, -c too, goes after the command: python cli.py {found[1]} -c ..."
+
+
+def _no_keys(text: str) -> str | None:
+    found = _CONFIG.search(text)
+    given = found and (repr(found[1].strip()) if found[1].strip() else "an empty file")
+    return given and f"a configuration file holds keys and their values; given: {given}"
 
 
 def _unknown_option(text: str) -> str | None:
@@ -76,19 +94,27 @@ def _wrong_type(text: str) -> str | None:
     found = _TYPE.search(text)
     if found is None or _NAME.search(text):
         return None
-    expected = re.sub(r"<class '([\w.]+)'>|typing\.", lambda m: m[1] or "", found[1])
-    return f"'{_dotted(text[: found.start()])}' takes a value of type {expected}; given: {found[2].strip()!r}"
+    return f"'{_dotted(text[: found.start()])}' takes {_types([found[1]])}; given: {found[2].strip()!r}"
 
 
 def _unknown_class(text: str) -> str | None:
     found = _NAME.search(text)
     if found is None:
         return None
-    before = text[: found.start()]
-    bases = _SUBTYPES.findall(before)
-    base = _resolve(bases[-1]) if bases else None
+    before, given = text[: found.start()], found[1] or found[2]
+    base = _expected_class(before)
     names = sorted({cls.__name__ for cls in _concrete(base)}) if base is not None else []
-    return f"unknown class {found[1]!r} for '{_dotted(before)}'.{nearest(found[1], names)}"
+    return f"unknown class {given!r} for '{_dotted(before)}'.{nearest(given.rpartition('.')[2], names)}"
+
+
+def _expected_class(before: str) -> type | None:
+    """Whose subclass the value must be that the attempts in ``before`` lead to."""
+    bases, owners = list(_SUBTYPES.finditer(before)), list(_CLASS.finditer(before))
+    if owners and (not bases or bases[-1].start() < owners[-1].start()):  # an argument of one type, without a list
+        parameters = inspect.signature(_resolve(owners[-1][1]), eval_str=True).parameters
+        found = parameters[_KEY.findall(before)[-1]].annotation
+        return found if isinstance(found, type) else None
+    return _resolve(bases[-1][1]) if bases else None
 
 
 def _innermost(text: str) -> str:
@@ -98,11 +124,19 @@ def _innermost(text: str) -> str:
     if not reasons:
         return text
     key = _dotted(text)
-    told = " or ".join(reasons)
+    types = [reason.removeprefix("Expected a ") for reason in reasons if reason.startswith("Expected a ")]
+    others = [reason for reason in reasons if not reason.startswith("Expected a ")]
+    told = f"{key}: {' or '.join(others)}" if others else f"'{key}' takes {_types(types)}"
     if given := re.findall(r"^\s*Given value: (.*)$", text, re.MULTILINE):
         # Values that a constructor refused are whole namespaces, and its message names what matters.
         told += f"; given: {given[0]!r}" if "Namespace(" not in given[0] and "NestedArg(" not in given[0] else ""
-    return f"{key}: {told}" if key else told
+    return told.removeprefix(": ")
+
+
+def _types(names: Iterable[str]) -> str:
+    """``a value of type int or float``."""
+    plain = (re.sub(r"<class '([\w.]+)'>|typing\.", lambda found: found[1] or "", name) for name in names)
+    return f"a value of type {' or '.join(plain)}"
 
 
 def _dotted(text: str, *last: str) -> str:
@@ -113,7 +147,7 @@ def _dotted(text: str, *last: str) -> str:
 
 def _closest(given: str, valid: Iterable[str]) -> str:
     """A hint from a list that is too long to be shown whole."""
-    return nearest(given, sorted(valid)).partition(" Known:")[0] or " See --help"
+    return nearest(given, sorted(valid)).partition(" Known:")[0]
 
 
 def _options(parser: argparse.ArgumentParser | None) -> set[str]:

@@ -34,7 +34,7 @@ SOLVERS: dict[str, Solver] = {
 
 GRADIENTS: dict[str, Callable[[Solver], Gradient]] = {
     "implicit": ImplicitGradient,
-    "phantom": lambda _: PhantomGradient(steps=80),
+    "phantom": lambda _: PhantomGradient(steps=50),
     "unrolled": lambda _: UnrolledGradient(),
 }
 

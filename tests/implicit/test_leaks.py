@@ -12,15 +12,15 @@ import torch
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from tests.problems import METHODS, Method, tanh_problem
+from tests.problems import GRADIENTS, SOLVERS, Method, tanh_problem
 from zoo.implicit import DEQ, FixedPointIteration, ImplicitGradient, PhantomGradient, UnrolledGradient, fixed_point
 
+METHODS = {f"{name}-{kind}": Method(s, make(s)) for name, s in SOLVERS.items() for kind, make in GRADIENTS.items()}
 every_method = pytest.mark.parametrize("method", METHODS.values(), ids=METHODS)
 
 
 @pytest.fixture(autouse=True)
 def _without_garbage_collector() -> Iterator[None]:
-    gc.collect()
     gc.disable()
     yield
     gc.enable()
