@@ -45,6 +45,25 @@ def test_the_norm_is_bounded(bound: float, shape: tuple[int, int], scale: float)
         torch.testing.assert_close(W, V * (bound / norm))
 
 
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 30.0])
+def test_the_norm_is_bounded_up_to_the_rounding_of_a_narrow_weight(dtype: torch.dtype, scale: float) -> None:
+    V = (scale * torch.randn(6, 4, generator=generator(0))).to(dtype).requires_grad_()
+    W = SpectralBound(0.9)(V)
+    assert W.dtype == dtype
+    assert torch.linalg.matrix_norm(W.double(), ord=2) <= 0.9 * (1 + 2 * torch.finfo(dtype).eps)
+    W.sum().backward()
+    assert V.grad is not None
+    assert V.grad.isfinite().all()
+
+
+def test_the_bound_is_computed_in_full_precision_in_autocast() -> None:
+    V = 3 * torch.randn(6, 4, generator=generator(0))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        W = SpectralBound(0.9)(V)
+    torch.testing.assert_close(W, SpectralBound(0.9)(V), rtol=0, atol=0)
+
+
 def test_the_bound_holds_after_training_steps() -> None:
     deq, x = bounded_deq()
     optimizer = torch.optim.SGD(deq.parameters(), lr=1.0)

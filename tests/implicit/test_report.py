@@ -117,6 +117,14 @@ def test_a_gradient_adds_its_own_evaluations(solver: Any) -> None:
         assert f.calls == report.evaluations + extra
 
 
+def test_a_jacobian_by_torch_func_adds_one_call_a_step() -> None:
+    p = tanh_problem()
+    f = Counting(p.cell)
+    with torch.no_grad():
+        _, report = fixed_point(f, p.z0, *p.inputs, solver=Newton())
+    assert f.calls == report.evaluations + int(report.steps.max())
+
+
 @every_solver
 @both_norms
 def test_a_start_at_the_solution_takes_one_evaluation(solver: Any, norm: str) -> None:
@@ -346,6 +354,20 @@ def test_the_adjoint_residual_is_relative_to_the_incoming_gradient() -> None:
     with torch.no_grad():
         product = torch.einsum("bij,bi->bj", p.cell.jacobian(p.solution(), *p.inputs), g)
     torch.testing.assert_close(seen[0].residual, product.norm(dim=1) / g.norm(dim=1), rtol=1e-9, atol=0)
+
+
+@every_solver
+def test_a_sample_without_a_gradient_takes_no_adjoint_step(solver: Any) -> None:
+    """Nothing is relative to ||g|| = 0."""
+    p = tanh_problem()
+    deq = DEQ(p.cell, solver, ImplicitGradient(solver))
+    z, _ = deq(*p.inputs)
+    (gradient,) = torch.autograd.grad(z[1:].sum(), p.inputs)
+    assert deq.adjoint_report is not None
+    assert deq.adjoint_report.steps[0] == 0
+    assert (deq.adjoint_report.steps[1:] > 0).all()
+    assert deq.adjoint_report.converged.all()
+    assert not gradient[0].any()
 
 
 def test_reports_hold_no_graph() -> None:

@@ -65,7 +65,8 @@ class SolverReport:
         steps: ``(B,)`` updates made until the sample stopped; 0 for a start at the solution.
         converged: ``(B,)`` whether the residual is within ``tol``.
         status: ``(B,)`` the :class:`SolverStatus` of each sample, as integers.
-        evaluations: how often f was called on the batch.
+        evaluations: how often the solver's loop called f on the batch. What a gradient records, and what Newton's
+            Jacobian takes where f has none of its own, comes on top.
         trace: ``(K, B)`` residual at evaluation k, NaN where it was not looked at; None unless asked for.
     """
 
