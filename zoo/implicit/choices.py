@@ -43,7 +43,10 @@ def from_description(description: str | Mapping[str, Any] | Choice, kind: type[C
         raise TypeError(f"a {kind.__name__.lower()} is described by a name or a mapping; given: {description!r}")
     if unknown := set(description) - {"class_path", "init_args"}:
         raise ValueError(f"a description has the keys class_path and init_args; given besides: {sorted(unknown)}")
-    classes = {path: cls for cls in _concrete(kind) for path in (cls.__name__, _path(cls))}
+    classes: dict[str, type[Choice]] = {}
+    for cls in _concrete(kind):  # the zoo's own first, so that nobody's class of the same name hides them
+        for path in (cls.__name__, _path(cls)):
+            classes.setdefault(path, cls)
     name = description.get("class_path", "")
     if not isinstance(name, str) or name not in classes:
         names = sorted(cls.__name__ for cls in _concrete(kind))

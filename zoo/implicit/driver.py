@@ -46,6 +46,7 @@ def solve(
 
     z = best = z0
     best_residual = torch.full((batch,), torch.inf, dtype=z0.dtype, device=z0.device)
+    start_distance = best_distance = best_residual
     converged = torch.zeros(batch, dtype=torch.bool, device=z0.device)
     failed = torch.zeros_like(converged)
     improved_after_start = torch.zeros_like(converged)
@@ -58,15 +59,18 @@ def solve(
         fz = f(z)
         last = k == solver.max_steps
         if k == 0 or last or (k + 1) % solver.check_every == 0:
-            residual = _residual(z, fz, solver, scale)
+            distance, residual = _residual(z, fz, solver, scale)
             stopped = converged | failed
-            better = (residual < best_residual) & ~stopped  # false for NaN
+            better = (residual <= best_residual) & residual.isfinite() & ~stopped
             best_residual = torch.where(better, residual, best_residual)
+            best_distance = torch.where(better, distance, best_distance)
             newly_converged = better & (residual <= solver.tol)
             newly_failed = ~(residual.isfinite() | stopped)
             converged = converged | newly_converged
             failed = failed | newly_failed
-            if k > 0:
+            if k == 0:
+                start_distance = distance
+            else:
                 improved_after_start = improved_after_start | better
             now_stopped = converged | failed
             steps = torch.where(now_stopped & ~stopped, k, steps)
@@ -90,11 +94,15 @@ def solve(
             proposed = project(proposed)
         z = torch.where((converged | failed).unsqueeze(1), z, proposed) if some_stopped else proposed
 
+    # A relative residual falls also when z merely runs away; the distance tells.
+    diverged = (~improved_after_start | (best_distance > start_distance)) & (evaluations > 1)
     status = torch.full_like(steps, SolverStatus.MAX_STEPS)
-    if solver.max_steps > 0:
-        status = torch.where(improved_after_start, status, SolverStatus.DIVERGED)
-    status = torch.where(failed, SolverStatus.NON_FINITE, status)
-    status = torch.where(converged, SolverStatus.CONVERGED, status)
+    for holds, name in (
+        (diverged, SolverStatus.DIVERGED),
+        (failed, SolverStatus.NON_FINITE),
+        (converged, SolverStatus.CONVERGED),
+    ):
+        status = torch.where(holds, name, status)
     return best, SolverReport(
         residual=best_residual.detach(),
         steps=steps,
@@ -105,14 +113,14 @@ def solve(
     )
 
 
-def _residual(z: Tensor, fz: Tensor, solver: Solver, scale: Tensor | None) -> Tensor:
-    """``(B,)`` ||f(z) - z||, absolute or relative."""
+def _residual(z: Tensor, fz: Tensor, solver: Solver, scale: Tensor | None) -> tuple[Tensor, Tensor]:
+    """``(B,)`` ||f(z) - z||, and the same in the solver's norm."""
     with torch.no_grad():
-        residual: Tensor = torch.linalg.vector_norm(fz - z, dim=1)
+        distance: Tensor = torch.linalg.vector_norm(fz - z, dim=1)
         if solver.norm == "absolute":
-            return residual
+            return distance, distance
         if scale is None:
             scale = torch.linalg.vector_norm(fz, dim=1)
         # Where f(z) is about 0 the quotient would overflow, and only f itself may say that it is not finite.
-        tiny = torch.finfo(residual.dtype).tiny
-        return residual / torch.maximum(scale, residual * tiny).clamp_min(tiny)
+        tiny = torch.finfo(distance.dtype).tiny
+        return distance, distance / torch.maximum(scale, distance * tiny).clamp_min(tiny)

@@ -77,7 +77,7 @@ def fixed_point(
         act_on_failure(report, on_failure, f"the adjoint solve with {gradient}")
 
     flat_map = FlatMap(f, view, inputs)
-    with full_precision(view.device):
+    with _parametrizations_computed_once(f), full_precision(view.device):
         with torch.set_grad_enabled(unrolling):
             start = view.flatten(z0) if unrolling else view.flatten(z0).detach()
             project = view.round if view.rounds else None
@@ -86,7 +86,9 @@ def fixed_point(
         if recording:
             # Autocast caches the low-precision weights that the solve made, and those have no graph.
             torch.clear_autocast_cache()
-            z = gradient.attach(flat_map, z, finish_adjoint)
+            attached = gradient.attach(flat_map, z, finish_adjoint)
+        # Never the caller's storage (z0, an input) nor what a graph has saved: the caller may change z* in place.
+        z = attached if recording and attached is not z else z.clone()
     return view.unflatten(z), report
 
 
@@ -131,17 +133,16 @@ class DEQ(nn.Module):
         """z* for these inputs, from ``z0`` or the cell's own initial state, and the report of the solve."""
         if z0 is None:
             z0 = cast(Cell, self.cell).initial_state(*inputs)
-        with _parametrizations_computed_once(self.cell):
-            z, self.report = fixed_point(
-                self.cell,
-                z0,
-                *inputs,
-                solver=self.solver,
-                gradient=self.gradient,
-                on_failure=self.on_failure,
-                trace=trace,
-                on_adjoint=self._keep_adjoint_report,
-            )
+        z, self.report = fixed_point(
+            self.cell,
+            z0,
+            *inputs,
+            solver=self.solver,
+            gradient=self.gradient,
+            on_failure=self.on_failure,
+            trace=trace,
+            on_adjoint=self._keep_adjoint_report,
+        )
         return z, self.report
 
     def extra_repr(self) -> str:
@@ -152,19 +153,27 @@ class DEQ(nn.Module):
 
 
 @contextmanager
-def _parametrizations_computed_once(module: nn.Module) -> Iterator[None]:
-    """Within this context parametrised weights are computed once, here and in the ambient grad mode.
+def _parametrizations_computed_once(f: object) -> Iterator[None]:
+    """Within this context parametrised weights of f are computed once, here and in the ambient grad mode.
 
     Left to themselves they would be computed, and cached, in the solver's no-grad loop: without a graph.
     """
-    parametrized = [m for m in module.modules() if parametrize.is_parametrized(m)]
+    modules = f.modules() if isinstance(f, nn.Module) else ()
+    parametrized = [m for m in modules if parametrize.is_parametrized(m)]
     if not parametrized:
         yield
         return
     with parametrize.cached():
         for m in parametrized:
-            for name in cast(Any, m.parametrizations):
-                getattr(m, name)
+            for name, chain in cast(Any, m.parametrizations).items():
+                weight = getattr(m, name)
+                trainable = any(p.requires_grad for p in chain.parameters())
+                if torch.is_grad_enabled() and trainable and not weight.requires_grad:
+                    raise RuntimeError(
+                        f"the parametrised {name!r} of {type(m).__name__} was cached without a graph, so its "
+                        "parameters would get no gradient: leave out the enclosing parametrize.cached(), or enter it "
+                        "anew after no_grad"
+                    )
         yield
 
 

@@ -71,8 +71,12 @@ class ImplicitGradient(Gradient):
 
         def adjoint(g: Tensor) -> Tensor:
             with torch.no_grad(), full_precision(g.device):
-                scale = torch.linalg.vector_norm(g, dim=1)
-                u, report = solve(AdjointMap(f, z_in, fz, g), g, self.solver, scale=scale)
+                # u is linear in g, so solve for a g of size 1: the squares of a tiny one would underflow.
+                peak = g.abs().amax(dim=1, keepdim=True) if g.numel() else g[:, :1]
+                unit = g / peak.clamp_min(torch.finfo(g.dtype).tiny)
+                scale = torch.linalg.vector_norm(unit, dim=1)
+                u, report = solve(AdjointMap(f, z_in, fz, unit), unit, self.solver, scale=scale)
+                u = u * peak
             on_adjoint(report)
             return _RefuseSecondDerivative.apply(u, fz, g) if torch.is_grad_enabled() else u
 
@@ -130,7 +134,7 @@ class _Attach(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, fz: Tensor, z: Tensor, adjoint: Callable[[Tensor], Tensor] | None) -> Tensor:
         ctx.adjoint = adjoint
-        return z.clone()  # the caller may change it in place; the graph of fz needs z as it is
+        return z.clone()
 
     @staticmethod
     def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:

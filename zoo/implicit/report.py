@@ -33,7 +33,7 @@ _ADVICE = {
         "raise max_steps or tol, start nearer (z0), or make f more contractive (Jacobian regularisation)"
     ),
     SolverStatus.DIVERGED: (
-        "no step improved on the starting state, which was returned; f expands there: "
+        "the solve moved away from a solution, and the state of the lowest residual was returned; f expands there: "
         "try damping < 1, Anderson, or Newton for small states, regularise the Jacobian, or bound f's weights"
     ),
     SolverStatus.NON_FINITE: (

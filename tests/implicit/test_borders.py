@@ -1,0 +1,130 @@
+"""Where the backbone meets its caller: storage, cached weights, tiny losses, runaway states, names."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+
+from tests.problems import GRADIENTS, SOLVERS
+from zoo.implicit import (
+    DEQ,
+    Anderson,
+    FixedPointIteration,
+    ImplicitGradient,
+    Solver,
+    SolverStatus,
+    SpectralBound,
+    fixed_point,
+    from_description,
+)
+
+
+class BoundedCell(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.linear = nn.Linear(4, 4).double()
+        parametrize.register_parametrization(self.linear, "weight", SpectralBound(0.5))
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return torch.tanh(self.linear(z) + x)
+
+    def initial_state(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+def inputs() -> Tensor:
+    return torch.randn(3, 4, dtype=torch.float64)
+
+
+def weight_gradient(cell: BoundedCell) -> Tensor:
+    gradient = cell.linear.parametrizations.weight.original.grad  # type: ignore[union-attr]
+    assert gradient is not None
+    cell.zero_grad()
+    return gradient
+
+
+def test_fixed_point_computes_parametrised_weights_with_a_graph_too() -> None:
+    cell, x = BoundedCell(), inputs()
+    DEQ(cell)(x)[0].sum().backward()
+    expected = weight_gradient(cell)
+    fixed_point(cell, torch.zeros_like(x), x)[0].sum().backward()
+    assert torch.equal(weight_gradient(cell), expected)
+    with parametrize.cached():
+        fixed_point(cell, torch.zeros_like(x), x)[0].sum().backward()
+    assert torch.equal(weight_gradient(cell), expected)
+
+
+def test_weights_cached_without_a_graph_are_refused() -> None:
+    cell, x = BoundedCell(), inputs()
+    deq = DEQ(cell)
+    with parametrize.cached():
+        with torch.no_grad():
+            deq(x)
+        with pytest.raises(RuntimeError, match="'weight' of ParametrizedLinear was cached without a graph"):
+            deq(x)
+
+
+@pytest.mark.parametrize("size", [1e-25, 1e-20, 1e-8, 1.0, 1e4, 1e25])
+def test_the_scale_of_the_loss_does_not_matter_in_float32(size: float) -> None:
+    x = torch.randn(3, 4, requires_grad=True)
+    W = 0.3 * torch.randn(4, 4)
+    z, _ = fixed_point(lambda z, x: torch.tanh(z @ W.T + x), torch.zeros(3, 4), x)
+    (expected,) = torch.autograd.grad(z.sum(), x, retain_graph=True)
+    (scaled,) = torch.autograd.grad((z * size).sum(), x)
+    torch.testing.assert_close(scaled / size, expected, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
+@pytest.mark.parametrize("recording", [True, False])
+def test_the_result_has_storage_of_its_own(solver: Any, gradient: Any, recording: bool) -> None:
+    x = inputs()
+    start = x.clone()
+    kept = start.clone()
+    with torch.set_grad_enabled(recording):
+        z, report = fixed_point(lambda z, x: x, start, x, solver=solver, gradient=gradient(solver))
+        assert report.steps.tolist() == [0, 0, 0]
+        z.zero_()
+    assert torch.equal(start, kept)
+    assert torch.equal(x, kept)
+
+
+def test_a_state_that_runs_away_is_divergent_although_its_relative_residual_falls() -> None:
+    solver = FixedPointIteration(max_steps=20)
+    _, report = fixed_point(
+        lambda z, x: 2 * z + x, torch.zeros(2, 3), torch.ones(2, 3), solver=solver, on_failure="ignore"
+    )
+    assert report.status.tolist() == [SolverStatus.DIVERGED] * 2
+
+
+def test_a_state_that_goes_to_zero_is_not_divergent() -> None:
+    solver = FixedPointIteration(max_steps=20)
+    z, report = fixed_point(lambda z: z / 2, torch.ones(2, 3), solver=solver, on_failure="ignore")
+    assert report.status.tolist() == [SolverStatus.MAX_STEPS] * 2
+    assert (z < 1e-5).all()
+    _, report = fixed_point(lambda z: z / 2, torch.ones(2, 3), solver=FixedPointIteration(norm="absolute"))
+    assert report.converged.all()
+
+
+def test_a_users_class_does_not_hide_the_zoos_of_the_same_name() -> None:
+    theirs = dataclass(frozen=True)(type("Anderson", (FixedPointIteration,), {"__module__": "elsewhere"}))
+    assert type(from_description("Anderson", Solver)) is Anderson
+    assert type(from_description("elsewhere.Anderson", Solver)) is theirs
+
+
+def test_in_place_changes_of_the_result_do_not_reach_the_gradient() -> None:
+    x = inputs().requires_grad_()
+    tight = Anderson(tol=1e-12)
+
+    def gradient(in_place: bool) -> Tensor:
+        z, _ = fixed_point(lambda z, x: torch.tanh(0.5 * z + x), torch.zeros_like(x), x, solver=tight,
+                           gradient=ImplicitGradient(tight))  # fmt: skip
+        z = z.mul_(3) if in_place else z * 3
+        return torch.autograd.grad(z.sum(), x)[0]
+
+    assert torch.equal(gradient(in_place=True), gradient(in_place=False))
