@@ -75,8 +75,8 @@ class WeightsRecord:
 def weights_dir() -> Path:
     """Where shipped weights are: ``checkpoints/`` of the checkout, or of the installed package."""
     package = Path(__file__).resolve().parent
-    checkout = package.parent / "checkpoints"
-    return checkout if checkout.is_dir() else package / "checkpoints"
+    installed = package / "checkpoints"
+    return installed if installed.is_dir() else package.parent / "checkpoints"
 
 
 def list_weights(pattern: str = "*") -> list[WeightsRecord]:
@@ -105,17 +105,18 @@ def load_pretrained(name: str, **overrides: Any) -> nn.Module:
     spec, state = _parse(data, str(record.path))
     model = create_model(spec.model, **{**spec.arguments, **overrides})
 
-    if overrides.get("num_classes", spec.arguments.get("num_classes")) != spec.arguments.get("num_classes"):
-        prefix = f"{model.classifier_name}."
-        dropped = [key for key in state if key.startswith(prefix)]
-        for key in dropped:
-            state[key] = model.state_dict()[key]
-        warnings.warn(
-            f"{name} was trained for {spec.arguments.get('num_classes')} classes, and {overrides['num_classes']} were "
-            f"asked for: {', '.join(dropped)} start at random",
-            ReinitializedWarning,
-            stacklevel=2,
-        )
+    if "num_classes" in overrides:
+        ours = model.state_dict()
+        classifier = [key for key in ours if key.startswith(f"{model.classifier_name}.") and key in state]
+        found = len(state[classifier[0]])
+        if found != overrides["num_classes"]:
+            state.update({key: ours[key] for key in classifier})
+            warnings.warn(
+                f"{name} was trained for {found} classes, and {overrides['num_classes']} were asked for: "
+                f"{', '.join(classifier)} start at random",
+                ReinitializedWarning,
+                stacklevel=2,
+            )
     try:
         model.load_state_dict(state)
     except RuntimeError as error:

@@ -16,11 +16,15 @@ from zoo.implicit import (
     Anderson,
     FixedPointIteration,
     ImplicitGradient,
+    Newton,
+    PhantomGradient,
     Solver,
     SolverStatus,
     SpectralBound,
+    UnrolledGradient,
     fixed_point,
     from_description,
+    jacobian_penalty,
 )
 
 
@@ -59,14 +63,121 @@ def test_fixed_point_computes_parametrised_weights_with_a_graph_too() -> None:
     assert torch.equal(weight_gradient(cell), expected)
 
 
-def test_weights_cached_without_a_graph_are_refused() -> None:
+def test_weights_cached_without_a_graph_are_computed_anew() -> None:
     cell, x = BoundedCell(), inputs()
     deq = DEQ(cell)
+    deq(x)[0].sum().backward()
+    expected = weight_gradient(cell)
     with parametrize.cached():
         with torch.no_grad():
             deq(x)
-        with pytest.raises(RuntimeError, match="'weight' of ParametrizedLinear was cached without a graph"):
-            deq(x)
+        deq(x)[0].sum().backward()
+    assert torch.equal(weight_gradient(cell), expected)
+
+
+def test_parametrised_weights_that_f_closes_over_get_their_gradient_too() -> None:
+    cell, x = BoundedCell(), inputs()
+    DEQ(cell)(x)[0].sum().backward()
+    expected = weight_gradient(cell)
+    with parametrize.cached():
+        fixed_point(cell.forward, torch.zeros_like(x), x)[0].sum().backward()
+    assert torch.equal(weight_gradient(cell), expected)
+
+
+def adds_in_place(z: Tensor, x: Tensor) -> Tensor:
+    z += torch.tanh(0.5 * z + x) - z
+    return z
+
+
+def halves_in_place(z: Tensor, x: Tensor) -> Tensor:
+    z.mul_(0.5)
+    return torch.tanh(z + x)
+
+
+@pytest.mark.parametrize("f", [adds_in_place, halves_in_place])
+@pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
+@pytest.mark.parametrize("gradient", GRADIENTS.values(), ids=GRADIENTS)
+def test_a_map_that_changes_its_argument_is_refused(f: Any, mode: Any, gradient: Any) -> None:
+    with mode(), pytest.raises(RuntimeError, match="f changed its argument z in place"):
+        fixed_point(f, torch.zeros(3, 4), torch.ones(3, 4), gradient=gradient(Anderson()))
+
+
+def test_the_adjoint_of_newton_uses_the_weights_of_the_forward() -> None:
+    cell, x = BoundedCell(), inputs().requires_grad_()
+    other = {name: p.detach() / 2 for name, p in cell.named_parameters()}
+    tight = Newton(tol=1e-13)
+
+    def gradient(solver: Solver) -> tuple[Tensor, Tensor]:
+        deq = DEQ(Held(cell), tight, ImplicitGradient(solver))
+        z = torch.func.functional_call(deq, {f"cell.held.{k}": v for k, v in other.items()}, (x,))[0]
+        (result,) = torch.autograd.grad(z.sum(), x)
+        assert deq.adjoint_report is not None
+        return result, deq.adjoint_report.converged
+
+    by_newton, converged = gradient(tight)
+    assert converged.all()
+    torch.testing.assert_close(by_newton, gradient(Anderson(tol=1e-13))[0], rtol=0, atol=1e-11)
+
+
+class Held(nn.Module):
+    def __init__(self, held: BoundedCell) -> None:
+        super().__init__()
+        self.held = held
+
+    def forward(self, z: Tensor, x: Tensor) -> Tensor:
+        return self.held(z, x)  # type: ignore[no-any-return]
+
+    def initial_state(self, x: Tensor) -> Tensor:
+        return torch.zeros_like(x)
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit.script` is deprecated:FutureWarning")  # torch.func.jvp's own first use
+def test_forward_mode_is_refused_where_it_would_be_wrong() -> None:
+    x = inputs()
+
+    def solve(x: Tensor, gradient: Any) -> Tensor:
+        tight = Anderson(tol=1e-13)
+        z: Tensor = fixed_point(
+            lambda z, x: torch.tanh(0.5 * z + x), torch.zeros_like(x), x, solver=tight, gradient=gradient
+        )[0]
+        return z
+
+    for gradient in (ImplicitGradient(), PhantomGradient()):
+        with pytest.raises(NotImplementedError, match=r"UnrolledGradient\(\) only"):
+            torch.func.jvp(lambda x: solve(x, gradient), (x,), (torch.ones_like(x),))  # noqa: B023
+    z, tangent = torch.func.jvp(lambda x: solve(x, UnrolledGradient()), (x,), (torch.ones_like(x),))
+    slope = 1 - z.square()
+    torch.testing.assert_close(tangent, slope / (1 - 0.5 * slope), rtol=0, atol=1e-10)
+
+
+def test_batch_statistics_in_a_cell_are_refused() -> None:
+    class Normalized(BoundedCell):
+        def __init__(self) -> None:
+            super().__init__()
+            self.norm = nn.BatchNorm1d(4).double()
+
+        def forward(self, z: Tensor, x: Tensor) -> Tensor:
+            return super().forward(self.norm(z), x)
+
+    deq = DEQ(Normalized())
+    with pytest.raises(ValueError, match=r"BatchNorm1d that uses batch statistics \(norm\)"):
+        deq(inputs())
+    assert deq.eval()(inputs())[1].converged.all()
+
+
+def test_one_part_of_a_coupled_result_can_be_changed_in_place() -> None:
+    x = inputs().requires_grad_()
+    (a, b), _ = fixed_point(
+        lambda z, x: (torch.tanh(0.3 * z[1] + x), torch.tanh(0.3 * z[0])), (torch.zeros_like(x), torch.zeros_like(x)), x
+    )
+    (expected,) = torch.autograd.grad((2 * a).sum() + b.sum(), x, retain_graph=True)
+    a.mul_(2)
+    assert torch.equal(torch.autograd.grad(a.sum() + b.sum(), x)[0], expected)
+
+
+def test_the_jacobian_penalty_of_a_constant_map_is_zero() -> None:
+    x = inputs().requires_grad_()
+    assert jacobian_penalty(lambda z, x: 2 * x, torch.zeros_like(x), x).tolist() == [0, 0, 0]
 
 
 @pytest.mark.parametrize("size", [1e-25, 1e-20, 1e-8, 1.0, 1e4, 1e25])

@@ -8,7 +8,10 @@ from typing import Any, Protocol, cast
 
 import torch
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
 from .driver import solve
 from .gradients import Gradient, ImplicitGradient, OnAdjoint
@@ -62,11 +65,15 @@ def fixed_point(
 
     Raises:
         TypeError, ValueError: z0, f's output or an option is not as described; the message says what was given.
+        RuntimeError: f changed its argument z in place.
+        NotImplementedError: an input carries a forward-mode derivative, and the gradient is not ``UnrolledGradient``.
         ConvergenceError: if ``on_failure="raise"``.
     """
     solver = Anderson() if solver is None else solver
     gradient = ImplicitGradient() if gradient is None else gradient
     _check_choices(solver, gradient, on_failure)
+    if not gradient.through_solver:
+        _refuse_forward_mode(z0, inputs)
     view = StateView(z0)
     recording = torch.is_grad_enabled()
     unrolling = recording and gradient.through_solver
@@ -77,6 +84,8 @@ def fixed_point(
         act_on_failure(report, on_failure, f"the adjoint solve with {gradient}")
 
     flat_map = FlatMap(f, view, inputs)
+    if recording:
+        _forget_weights_without_graph()
     with _parametrizations_computed_once(f), full_precision(view.device):
         with torch.set_grad_enabled(unrolling):
             start = view.flatten(z0) if unrolling else view.flatten(z0).detach()
@@ -84,8 +93,7 @@ def fixed_point(
             z, report = solve(flat_map, start, solver, project=project, trace=trace)
         act_on_failure(report, on_failure, f"the fixed-point solve with {solver}")
         if recording:
-            # Autocast caches the low-precision weights that the solve made, and those have no graph.
-            torch.clear_autocast_cache()
+            _forget_weights_without_graph()
             attached = gradient.attach(flat_map, z, finish_adjoint)
         # Never the caller's storage (z0, an input) nor what a graph has saved: the caller may change z* in place.
         z = attached if recording and attached is not z else z.clone()
@@ -131,6 +139,7 @@ class DEQ(nn.Module):
 
     def forward(self, *inputs: State, z0: State | None = None, trace: bool = False) -> tuple[State, SolverReport]:
         """z* for these inputs, from ``z0`` or the cell's own initial state, and the report of the solve."""
+        _refuse_batch_statistics(self.cell)
         if z0 is None:
             z0 = cast(Cell, self.cell).initial_state(*inputs)
         z, self.report = fixed_point(
@@ -165,16 +174,40 @@ def _parametrizations_computed_once(f: object) -> Iterator[None]:
         return
     with parametrize.cached():
         for m in parametrized:
-            for name, chain in cast(Any, m.parametrizations).items():
-                weight = getattr(m, name)
-                trainable = any(p.requires_grad for p in chain.parameters())
-                if torch.is_grad_enabled() and trainable and not weight.requires_grad:
-                    raise RuntimeError(
-                        f"the parametrised {name!r} of {type(m).__name__} was cached without a graph, so its "
-                        "parameters would get no gradient: leave out the enclosing parametrize.cached(), or enter it "
-                        "anew after no_grad"
-                    )
+            for name in cast(Any, m.parametrizations):
+                getattr(m, name)
         yield
+
+
+def _forget_weights_without_graph() -> None:
+    """Drop what was cached under no_grad, so that a recorded evaluation makes its weights anew, with a graph.
+
+    That concerns autocast's low-precision weights, and parametrised ones within ``parametrize.cached()``, the
+    caller's or our own, wherever f keeps them.
+    """
+    torch.clear_autocast_cache()
+    cache = parametrize._cache  # noqa: SLF001 - torch has no public way to empty it
+    for key in [key for key, weight in cache.items() if weight is not None and not weight.requires_grad]:
+        del cache[key]
+
+
+def _refuse_forward_mode(*states: State) -> None:
+    leaves = (x for x in pytree.tree_leaves(states) if isinstance(x, torch.Tensor))
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in leaves):
+        raise NotImplementedError(
+            "forward-mode derivatives of an equilibrium exist with UnrolledGradient() only; "
+            "an input is a dual tensor (torch.autograd.forward_ad, torch.func.jvp)"
+        )
+
+
+def _refuse_batch_statistics(cell: nn.Module) -> None:
+    for name, module in cell.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats):
+            raise ValueError(
+                f"the cell holds a {type(module).__name__} that uses batch statistics ({name or 'the cell itself'}): "
+                "samples would depend on each other, and its running statistics move at each evaluation of one solve; "
+                "use GroupNorm or LayerNorm, or put it in eval mode"
+            )
 
 
 def _check_choices(solver: Solver, gradient: Gradient, on_failure: str) -> None:

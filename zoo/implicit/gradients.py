@@ -66,6 +66,8 @@ class ImplicitGradient(Gradient):
             fz = f(z_in)
         if not _reaches_another_leaf(fz, z_in):
             return z
+        with torch.no_grad():
+            J = f.jacobian(z.detach()) if self.solver.needs_jacobian else None
         # The backward pass through fz reaches z_in too; nobody reads what is left there.
         z_in.register_post_accumulate_grad_hook(_drop_grad)
 
@@ -75,7 +77,7 @@ class ImplicitGradient(Gradient):
                 peak = g.abs().amax(dim=1, keepdim=True) if g.numel() else g[:, :1]
                 unit = g / peak.clamp_min(torch.finfo(g.dtype).tiny)
                 scale = torch.linalg.vector_norm(unit, dim=1)
-                u, report = solve(AdjointMap(f, z_in, fz, unit), unit, self.solver, scale=scale)
+                u, report = solve(AdjointMap(z_in, fz, unit, J), unit, self.solver, scale=scale)
                 u = u * peak
             on_adjoint(report)
             return _RefuseSecondDerivative.apply(u, fz, g) if torch.is_grad_enabled() else u

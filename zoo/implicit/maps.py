@@ -21,6 +21,12 @@ class HasJacobian(Protocol):
         ...
 
 
+_IN_PLACE = (
+    "f changed its argument z in place, so its residual cannot be measured: let f return a new state "
+    "(z + ..., not z += ...; torch.relu, not torch.relu_)"
+)
+
+
 class FlatMap:
     """f(z, *inputs) on ``(B, N)`` matrices, called in the autocast state in which this object was made."""
 
@@ -29,10 +35,19 @@ class FlatMap:
         self.view = view
         self.inputs = inputs
         self._autocast_dtype = autocast_dtype(view.device)
+        self._calls = 0
 
     def __call__(self, z: Tensor) -> Tensor:
+        version = None if z.is_inference() else z._version  # noqa: SLF001 - torch's own count of in-place changes
+        # Inference tensors have no such count. A change may not show in the first call, where z is often 0.
+        copy = z.clone() if version is None and self._calls < 2 else None
+        self._calls += 1
         with self._autocast():
             value = self.f(self.view.unflatten(z), *self.inputs)
+        if copy is not None and not torch.equal(copy.nan_to_num(), z.nan_to_num()):
+            raise RuntimeError(_IN_PLACE)
+        if version is not None and z._version != version:  # noqa: SLF001
+            raise RuntimeError(_IN_PLACE)
         return self.view.flatten(value, casts=self._autocast_dtype is not None)
 
     def jacobian(self, z: Tensor) -> Tensor:
@@ -60,21 +75,24 @@ class FlatMap:
 class AdjointMap:
     """u -> J^T u + g, with J = df/dz at z*, on the graph of one evaluation ``fz`` = f(z).
 
-    Its fixed point u = (I - J^T)^-1 g is what the implicit function theorem asks for.
+    Its fixed point u = (I - J^T)^-1 g is what the implicit function theorem asks for. ``J`` is there for solvers that
+    need it as a matrix: taken with the forward evaluation, since f may have other weights by the time of the backward.
     """
 
-    def __init__(self, f: FlatMap, z: Tensor, fz: Tensor, g: Tensor) -> None:
-        self._f = f
+    def __init__(self, z: Tensor, fz: Tensor, g: Tensor, J: Tensor | None) -> None:
         self._z = z
         self._fz = fz
         self._g = g
+        self._J = J
 
     def __call__(self, u: Tensor) -> Tensor:
         (product,) = torch.autograd.grad(self._fz, self._z, u, retain_graph=True, allow_unused=True)
         return self._g if product is None else product + self._g
 
     def jacobian(self, u: Tensor) -> Tensor:
-        return self._f.jacobian(self._z.detach()).mT
+        if self._J is None:
+            raise RuntimeError("a solver that asks for Jacobians says so: needs_jacobian = True in its class")
+        return self._J.mT
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -39,6 +39,7 @@ def jacobian_penalty(f: Callable[..., State], z: State, *inputs: State, probes: 
         fz = FlatMap(f, view, inputs)(z_in)
         total = z_in.new_zeros(view.batch)
         for _ in range(probes):
-            (product,) = torch.autograd.grad(fz, z_in, torch.randn_like(fz), create_graph=True)
-            total = total + product.square().sum(dim=1)
+            (product,) = torch.autograd.grad(fz, z_in, torch.randn_like(fz), create_graph=True, allow_unused=True)
+            if product is not None:  # f does not depend on z: J = 0
+                total = total + product.square().sum(dim=1)
     return total / (probes * view.size)

@@ -7,6 +7,7 @@ single contiguous (or channels-last) tensor that matrix is a view: nothing is co
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -110,7 +111,8 @@ class StateView:
         """The state that a ``(B, N)`` tensor stands for, in the example's structure, shapes and dtypes."""
         if len(self._leaves) == 1:
             return pytree.tree_unflatten([self._leaves[0].unflatten(flat)], self._spec)
-        parts = flat.split(self.sizes, dim=1)
+        starts = itertools.accumulate(self.sizes, initial=0)
+        parts = [flat.narrow(1, start, size) for start, size in zip(starts, self.sizes, strict=False)]
         leaves = [leaf.unflatten(part) for leaf, part in zip(self._leaves, parts, strict=True)]
         return pytree.tree_unflatten(leaves, self._spec)
 

@@ -1,10 +1,10 @@
-"""What a solver is: frozen hyper-parameters with pure ``init`` and ``step``. The loop stands once, in the driver."""
+"""What a solver is: frozen hyper-parameters with ``init`` and ``step``. The loop stands once, in the driver."""
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 from torch import Tensor
 
@@ -41,6 +41,8 @@ class Solver(ABC):
     norm: Norm = "relative"
     max_steps: int = 50
 
+    needs_jacobian: ClassVar[bool] = False  # whether ``step`` calls ``f.jacobian``
+
     def __post_init__(self) -> None:
         self._require(_is_number(self.tol) and self.tol >= 0, "tol", "a number >= 0")
         self._require(self.norm in get_args(Norm), "norm", "'relative' or 'absolute'")
@@ -57,7 +59,7 @@ class Solver(ABC):
 
     @abstractmethod
     def step(self, f: Map, k: int, z: Tensor, fz: Tensor, memory: Any) -> tuple[Tensor, Any]:
-        """One update.
+        """One update. What the solver itself holds never changes; ``memory`` is passed on, and may be written in place.
 
         Args:
             f: the map, for solvers that need more of it than ``fz``.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import ClassVar
 
 import torch
 from torch import Tensor
@@ -20,6 +21,8 @@ class Newton(Solver):
 
     A sample with a singular I - J is reported as non-finite; its batch mates go on.
     """
+
+    needs_jacobian: ClassVar[bool] = True
 
     def init(self, f: Map, z0: Tensor) -> None:
         return None
