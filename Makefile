@@ -24,7 +24,7 @@ check: $(VENV)/installed-dev
 weights: $(VENV)/installed
 	$(BIN)/python cli.py fit -c $(CONFIG) --trainer.accelerator cpu --trainer.logger.name published
 	$(BIN)/python examples/publish_weights.py \
-		"$$(ls -td runs/published/version_*/checkpoints/best.ckpt | head -n 1)" tanh_deq.digits
+		"$$(ls -td runs/published/version_*/checkpoints/best.ckpt | head -n 1)"
 
 clean:
 	rm -rf $(VENV)

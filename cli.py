@@ -32,13 +32,22 @@ from pytorch_lightning.utilities import rank_zero_info
 from rich.console import Console
 from rich.table import Table
 
-import datamodules  # noqa: F401 - importing a class makes its short name known to the parser
 import lightning_modules
+from datamodules import DataError  # importing the package makes its classes known to the parser by their short names
 from lightning_modules.checkpoints import CheckpointError, check_fits, read_checkpoint
 from lightning_modules.usage_errors import UsageError, explain
-from zoo import WeightsError
+from zoo import InputError, WeightsError
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
+USERS_ERRORS = (
+    UsageError,
+    CheckpointError,
+    WeightsError,
+    InputError,
+    DataError,
+    MisconfigurationException,
+    FileNotFoundError,
+)
 
 
 class Parser(LightningArgumentParser):
@@ -131,6 +140,12 @@ class ZooCLI(LightningCLI):
         else:
             self.config = parser.parse_args(args)
             path = self.config[self.config.subcommand].ckpt_path  # a configuration can name one too
+            if path in {"best", "last"} or (path == "hpc" and self.config.subcommand != "fit"):
+                newest = sorted(Path("runs").rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)[-3:]
+                there = (
+                    f"the newest are {', '.join(map(str, newest))}" if newest else "there is none under runs"
+                )
+                raise UsageError(f"--ckpt_path takes a file, since every run has a folder of its own; {there}")
             self.checkpoint = read_checkpoint(path) if _is_a_file(path) else None
         if self.checkpoint is not None:
             self._say_what_replaces(self.checkpoint, self.config.subcommand)
@@ -234,6 +249,11 @@ def _short(value: Any) -> str:
     return f"{value['class_path'].rpartition('.')[2]}({arguments})"
 
 
+def _is_no_advertisement(record: logging.LogRecord) -> bool:
+    """Lightning 2.6 recommends a product of its makers at each start."""
+    return "litlogger" not in record.getMessage()
+
+
 def _silence_what_users_cannot_act_on() -> None:
     # The default data fit in memory, where workers only cost; the advice to use more of them does not hold.
     warnings.filterwarnings("ignore", message=".*does not have many workers.*")
@@ -241,8 +261,7 @@ def _silence_what_users_cannot_act_on() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     # A test run has a folder of its own; nothing of the training run's callback is needed there.
     warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
-    # An advertisement, at each start.
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(lambda r: "litlogger" not in r.getMessage())
+    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
 
 
 def main(args: Sequence[str] | None = None) -> ZooCLI | None:
@@ -257,7 +276,7 @@ def main(args: Sequence[str] | None = None) -> ZooCLI | None:
     argv, sys.argv = sys.argv, [__file__, *args]  # what the ddp strategy starts its other processes with
     try:
         return ZooCLI(args)
-    except (UsageError, CheckpointError, WeightsError, MisconfigurationException, FileNotFoundError) as error:
+    except USERS_ERRORS as error:
         if os.environ.get("DEQ_ZOO_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)
@@ -266,5 +285,10 @@ def main(args: Sequence[str] | None = None) -> ZooCLI | None:
         sys.argv = argv
 
 
-if __name__ == "__main__":
+def console() -> None:
+    """The installed command ``deq-zoo``, whose exit status is 0 unless something is raised."""
     main()
+
+
+if __name__ == "__main__":
+    console()

@@ -1,10 +1,12 @@
 """One LightningDataModule a dataset, for the CLI, for ``Trainer.fit`` and as plain DataLoaders."""
 
 from .digits import DigitsDataModule, digits_split
+from .idx import DataError
 from .image import ImageDataModule
 from .mnist import FashionMNISTDataModule, MNISTDataModule, mnist_split
 
 __all__ = [
+    "DataError",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "ImageDataModule",

@@ -16,6 +16,10 @@ import torch
 from torch import Tensor
 
 
+class DataError(ValueError):
+    """A data set on disk is damaged, or could not be fetched; the message names the file and the remedy."""
+
+
 def read_idx(path: Path, item_shape: tuple[int, ...]) -> Tensor:
     """The entries of an IDX file of bytes, gzipped if its name ends in ``.gz``: uint8 ``(N, *item_shape)``.
 
@@ -24,7 +28,7 @@ def read_idx(path: Path, item_shape: tuple[int, ...]) -> Tensor:
         item_shape: the shape of one item: ``(28, 28)`` for the images, ``()`` for the labels.
 
     Raises:
-        ValueError: the file is not that; the message names the file and says what is wrong with it.
+        DataError: the file is not that; the message names the file and says what is wrong with it.
     """
     content = path.read_bytes()
     if path.suffix == ".gz":
@@ -44,6 +48,6 @@ def read_idx(path: Path, item_shape: tuple[int, ...]) -> Tensor:
     return torch.frombuffer(bytearray(content[start:]), dtype=torch.uint8).view(N, *item_shape)
 
 
-def corrupt(path: Path, what: str) -> ValueError:
+def corrupt(path: Path, what: str) -> DataError:
     """The error to raise for a broken file."""
-    return ValueError(f"{path} is corrupt: {what}. Delete it and fetch it again")
+    return DataError(f"{path} is corrupt: {what}. Delete it and fetch it again")

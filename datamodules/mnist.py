@@ -14,7 +14,7 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision import datasets
 
-from .idx import corrupt, read_idx
+from .idx import DataError, corrupt, read_idx
 from .image import ImageDataModule, ImageDataset, ImageSplits, Indices
 
 
@@ -70,13 +70,13 @@ class MNISTDataModule(ImageDataModule):
 
         Raises:
             FileNotFoundError: files are missing; the message says which, and how to get them.
-            RuntimeError: the download failed; the message says why, and how to get the files by hand.
+            DataError: the download failed; the message says why, and how to get the files by hand.
         """
         if self.download and self._missing():
             try:
                 self.source(self.root, download=True)
             except (RuntimeError, OSError) as error:
-                raise RuntimeError(f"{self._name} could not be downloaded: {error}\n{self._by_hand()}") from error
+                raise DataError(f"{self._name} could not be downloaded: {error}\n{self._by_hand()}") from error
         self._require_files()
 
     def load(self) -> ImageSplits:

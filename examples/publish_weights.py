@@ -1,6 +1,8 @@
 """Turn a Lightning checkpoint into weights of the zoo: a safetensors file, its record, and the table of all weights.
 
-python examples/publish_weights.py runs/published/version_0/checkpoints/best.ckpt tanh_deq.digits
+python examples/publish_weights.py runs/published/version_0/checkpoints/best.ckpt
+
+What the record says about the data is written here, so other weights than tanh_deq.digits need a script of their own.
 
 The recorded metric is measured on the file that was written, read back as a user would read it.
 """
@@ -15,9 +17,11 @@ from datamodules import DigitsDataModule
 from lightning_modules import ImageClassifier
 from zoo.weights import WeightsRecord, save_record, sha256_of, write_table
 
+NAME = "tanh_deq.digits"
 
-def main(checkpoint: str, name: str) -> None:
-    """Publish ``checkpoint`` under ``name``, ``"arch.tag"``."""
+
+def main(checkpoint: str, name: str = NAME) -> None:
+    """Publish ``checkpoint``, a run of configs/tanh_deq_digits.yaml."""
     module = ImageClassifier.load_from_checkpoint(checkpoint, weights_only=True, map_location="cpu")
     model = module.model.eval()
     path = zoo.weights.weights_dir() / f"{name}.safetensors"

@@ -86,6 +86,13 @@ class EquilibriumModule(pl.LightningModule):
         if data is not None:
             classes["data"] = _class_path(data)
         checkpoint["deq_zoo_classes"] = classes
+        hyper_parameters = checkpoint.get("hyper_parameters", {})
+        if hyper_parameters.get("pretrained") is not None:
+            # All weights are in the checkpoint: it says what the model is, and no longer needs what it started from.
+            made_of = dict(zoo.spec_of(self.model).arguments)
+            choices = {key: made_of.pop(key, None) for key in ("solver", "gradient")}
+            arguments = {key: value for key, value in made_of.items() if key not in hyper_parameters}
+            hyper_parameters.update(pretrained=None, model_args=arguments, **choices)
 
     def equilibria(self) -> dict[str, DEQ]:
         """The equilibrium layers of the model, by name in the log: ``""`` if there is one, else ``"<module>/"``."""

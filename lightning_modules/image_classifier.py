@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, Literal
 
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics.classification import MulticlassAccuracy
@@ -83,10 +84,20 @@ class ImageClassifier(EquilibriumModule):
             weight_decay=weight_decay,
             schedule=schedule,
         )
+        self.num_classes = num_classes
         self.label_smoothing = label_smoothing
         self.train_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.val_accuracy = MulticlassAccuracy(num_classes, average="micro")
         self.test_accuracy = MulticlassAccuracy(num_classes, average="micro")
+
+    def setup(self, stage: str) -> None:
+        """Refuse data of another number of classes, before anything is computed."""
+        theirs = getattr(getattr(self.trainer, "datamodule", None), "num_classes", None)
+        if theirs not in (None, self.num_classes):
+            raise MisconfigurationException(
+                f"the data have {theirs} classes, and the model was asked for {self.num_classes}: "
+                f"give it num_classes={theirs} (--model.num_classes {theirs})"
+            )
 
     def forward(self, image: Tensor) -> Tensor:
         """``(B, C, H, W)`` in [0, 1] -> logits ``(B, num_classes)``."""

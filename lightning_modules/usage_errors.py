@@ -60,7 +60,7 @@ def explain(message: str, parser: argparse.ArgumentParser | None = None) -> str:
         path = Path(found[1])
         return f"there is no file {found[1]}.{_closest(str(path), map(str, path.parent.glob('*' + path.suffix)))}"
     if found := _REQUIRED.search(text):
-        names = (found[1] or found[2]).replace("fit.", "").replace("test.", "")
+        names = re.sub(r"\b(?:fit|validate|test|predict)\.", "", found[1] or found[2])
         return (
             f"missing: {names}. Give a configuration, like -c configs/tanh_deq_digits.yaml, "
             "or to validate, test and predict a checkpoint, like --ckpt_path runs/.../best.ckpt"

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import contextlib
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import torch
 
+import zoo
 from tests.command_line import DIGITS, TINY, Fitted, fit
 
 # Several test processes share few cores, and these tensors are tiny: more threads only wait for each other.
@@ -31,3 +34,15 @@ def fitted(tmp_path_factory: pytest.TempPathFactory) -> Fitted:
     folder = tmp_path_factory.mktemp("fitted")
     with contextlib.chdir(folder):
         return fit("-c", DIGITS, *TINY, "--trainer.max_epochs", "3", "--trainer.limit_val_batches", "null")
+
+
+@pytest.fixture
+def weights_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder where weights ship, in place of ``checkpoints/``; still empty."""
+    folder = tmp_path / "checkpoints"
+    folder.mkdir()
+    with monkeypatch.context() as patch:
+        patch.setattr(zoo.weights, "weights_dir", lambda: folder)
+        zoo.weights._records.cache_clear()
+        yield folder
+    zoo.weights._records.cache_clear()

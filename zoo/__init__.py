@@ -6,6 +6,7 @@
 """
 
 from . import implicit
+from .errors import InputError
 from .registry import ModelSpec, create_model, list_models, register_model, spec_of
 from .tanh import TanhCell, TanhDEQ
 from .weights import (
@@ -18,6 +19,7 @@ from .weights import (
 )
 
 __all__ = [
+    "InputError",
     "ModelSpec",
     "ReinitializedWarning",
     "TanhCell",

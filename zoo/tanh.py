@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from .errors import InputError
 from .implicit import DEQ, Gradient, Solver, SpectralBound
 from .registry import register_model
 
@@ -82,6 +83,11 @@ class TanhDEQ(nn.Module):
         gradient: Gradient | None = None,
     ) -> None:
         super().__init__()
+        for name, size in (("in_features", in_features), ("width", width), ("num_classes", num_classes)):
+            if size < 1:
+                raise ValueError(f"TanhDEQ({name}=...) takes an integer >= 1; given: {size!r}")
+        if not std > 0:
+            raise ValueError(f"TanhDEQ(std=...) takes a number > 0; given: {std!r}")
         self.mean = mean
         self.std = std
         self.injection = nn.Linear(in_features, width)
@@ -92,14 +98,13 @@ class TanhDEQ(nn.Module):
         """``(B, ...)`` -> logits ``(B, num_classes)``.
 
         Raises:
-            TypeError: the image is not floating.
-            ValueError: the image has another number of entries than ``in_features``.
+            InputError: the image is not floating, or has another number of entries than ``in_features``.
         """
         if not image.is_floating_point():
-            raise TypeError(f"TanhDEQ takes floating images in [0, 1]; given: {image.dtype}. Use image.float() / 255")
+            raise InputError(f"TanhDEQ takes floating images in [0, 1]; given: {image.dtype}. Use image.float() / 255")
         entries = image.shape[1:].numel()
         if image.dim() == 0 or entries != self.injection.in_features:
-            raise ValueError(
+            raise InputError(
                 f"this TanhDEQ takes a batch of inputs of {self.injection.in_features} entries (in_features); "
                 f"given: shape {tuple(image.shape)}, that is {entries} entries a sample"
             )

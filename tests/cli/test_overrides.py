@@ -34,11 +34,6 @@ PRESETS: dict[str, tuple[Solver, Gradient]] = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
-
-
 def replaced(messages: list[str]) -> list[str]:
     return [message for message in messages if " as given, in place of " in message]
 
@@ -90,8 +85,11 @@ def test_a_configuration_beats_the_checkpoint(fitted: Fitted) -> None:
     assert [message.partition(":")[0] for message in replaced(messages)] == ["model.gradient", "model.solver"]
     assert (done.model.model.deq.solver, done.model.model.deq.gradient) == (Newton(tol=1e-4), UnrolledGradient())
     assert done.config["validate"].model.init_args.model_args == {
-        **{"in_features": 64, "width": 8, "contraction": 0.9},
-        **{"mean": 0.305, "std": 0.376},
+        "in_features": 64,
+        "width": 8,
+        "contraction": 0.9,
+        "mean": 0.305,
+        "std": 0.376,
     }
 
 
@@ -131,7 +129,9 @@ def test_a_checkpoint_that_a_configuration_names_is_checked_too(
     message = refused(capsys, "test", "-c", DIGITS, "-c", "resume.yaml", *QUIET)
     assert message.startswith(f"{fitted.best} is a checkpoint of another model than the one asked for")
     with said() as messages:
-        done = main("validate", "-c", DIGITS, "-c", "resume.yaml", "--model.model_args.width", "8", "--model.lr=0.5", *QUIET)
+        done = main(
+            "validate", "-c", DIGITS, "-c", "resume.yaml", "--model.model_args.width", "8", "--model.lr=0.5", *QUIET
+        )
     assert replaced(messages) == [f"model.lr: 0.5 as given, in place of 0.01 in {fitted.best}"]
     assert done.trainer.ckpt_path == fitted.best
 
@@ -141,7 +141,9 @@ def test_on_resuming_the_optimizer_is_the_checkpoints_and_that_is_said(
     fitted: Fitted, key: str, value: float, was: float
 ) -> None:
     arguments = ("--ckpt_path", fitted.last, *RESUME, "--trainer.max_epochs", "4", "--test_after_fit", "false")
-    expected = rf"model\.{key}={value} has NO effect here: fit --ckpt_path goes on with the optimizer state of .*last.ckpt"
+    expected = (
+        rf"model\.{key}={value} has NO effect here: fit --ckpt_path goes on with the optimizer state of .*last.ckpt"
+    )
     with said() as messages, pytest.warns(UserWarning, match=expected):
         changed = fit(*arguments, f"--model.{key}", str(value))
     assert replaced(messages) == [f"model.{key}: {value} as given, in place of {was} in {fitted.last}"]

@@ -9,12 +9,7 @@ import pytest
 import torch
 import yaml
 
-from tests.command_line import DIGITS, QUIET, RESUME, TINY, Fitted, fit, main, metrics, rows, same, said, weights
-
-
-@pytest.fixture(autouse=True)
-def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.chdir(tmp_path)
+from tests.command_line import DIGITS, QUIET, RESUME, TINY, Fitted, fit, main, metrics, rows, said, same, weights
 
 
 def test_a_run_has_a_folder_of_its_own(fitted: Fitted) -> None:

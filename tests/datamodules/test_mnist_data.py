@@ -18,7 +18,7 @@ from jsonargparse import ArgumentParser
 from sklearn.model_selection import train_test_split
 from torchvision import datasets
 
-from datamodules import FashionMNISTDataModule, ImageDataModule, MNISTDataModule, mnist_split
+from datamodules import DataError, FashionMNISTDataModule, ImageDataModule, MNISTDataModule, mnist_split
 from datamodules.idx import read_idx
 
 both = pytest.mark.parametrize("cls", [MNISTDataModule, FashionMNISTDataModule])
@@ -241,7 +241,7 @@ def test_a_failed_download_says_how_to_do_without(tmp_path, monkeypatch):
     nobody = "http://127.0.0.1:1/"
     monkeypatch.setattr(datasets.MNIST, "mirrors", [nobody])
     monkeypatch.setenv("no_proxy", "127.0.0.1")
-    with pytest.raises(RuntimeError, match=r"^MNIST could not be downloaded: Error downloading train-images") as caught:
+    with pytest.raises(DataError, match=r"^MNIST could not be downloaded: Error downloading train-images") as caught:
         MNISTDataModule(root=str(tmp_path), download=True).prepare_data()
     text = str(caught.value)
     assert "refused" in text

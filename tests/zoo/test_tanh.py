@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from tests.problems import generator
+from zoo import InputError
 from zoo.implicit import (
     Anderson,
     FixedPointIteration,
@@ -158,7 +159,7 @@ def test_an_empty_batch(gradient: Gradient) -> None:
 @pytest.mark.parametrize("dtype", [torch.uint8, torch.int64, torch.bool], ids=str)
 def test_images_that_are_not_floating_are_refused(dtype: torch.dtype) -> None:
     with pytest.raises(
-        TypeError, match=rf"takes floating images in \[0, 1\]; given: {dtype}. Use image.float\(\) / 255"
+        InputError, match=rf"takes floating images in \[0, 1\]; given: {dtype}. Use image.float\(\) / 255"
     ):
         model()(torch.zeros(2, 1, 8, 8, dtype=dtype))
 

@@ -8,50 +8,312 @@ import os
 import subprocess
 import sys
 import warnings
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import safetensors
 import safetensors.torch
 import torch
-from torch import nn
 
 import zoo
 from tests.command_line import ROOT, same
+from tests.toy_weights import publish
 from zoo import weights
 from zoo.implicit import Anderson, ImplicitGradient, Newton, PhantomGradient
 
-CHOICES = {"solver": Newton(tol=1e-3), "gradient": PhantomGradient(steps=2)}
+TOY = "tanh_deq.toy"
 
 
-@pytest.fixture
-def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """Where weights ship, and nothing does yet."""
-    monkeypatch.setattr(weights, "weights_dir", lambda: tmp_path)
-    weights._records.cache_clear()
-    monkeypatch.callback = weights._records.cache_clear  # type: ignore[attr-defined]
-    return tmp_path
+def state(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return dict(model.state_dict())
 
 
-def publish(name: str = "tanh_deq.toy", **arguments: Any) -> nn.Module:
-    """A small model with random weights, published under ``name``."""
-    model = zoo.create_model("tanh_deq", **{"width": 6, "contraction": 0.7, **arguments})
-    path = weights.weights_dir() / f"{name}.safetensors"
-    spec = zoo.save_weights(model, path)
-    weights.save_record(
-        zoo.WeightsRecord(
-            name=name,
-            model=spec.model,
-            arguments=spec.arguments,
-            source="shipped",
-            sha256=weights.sha256_of(path.read_bytes()),
-            num_parameters=sum(p.numel() for p in model.parameters()),
-            trained_on="nothing",
-            recipe="none",
-            metrics={"test_accuracy": 0.12345678},
-            licence="MIT",
-            preprocessing="images (B, 64) in [0, 1]",
-        )
+# ------------------------------------------------------------------------------------------------------ there and back
+
+
+@pytest.mark.parametrize("choices", [{}, {"solver": Newton(tol=1e-3), "gradient": PhantomGradient(steps=2)}], ids=str)
+def test_published_weights_are_loaded_bit_by_bit(weights_folder: Path, choices: dict[str, Any]) -> None:
+    published = publish(mean=0.2, std=0.5, **choices)
+    loaded = zoo.load_pretrained(TOY)
+    assert same(state(loaded), state(published))
+    assert zoo.spec_of(loaded) == zoo.spec_of(published)
+    assert (loaded.deq.solver, loaded.deq.gradient) == (published.deq.solver, published.deq.gradient)
+    assert (loaded.training, published.training) == (False, True)
+    x = torch.rand(3, 64)
+    assert same(loaded(x), published(x))
+
+
+def test_the_file_says_what_it_is(weights_folder: Path) -> None:
+    """Without the record, to whoever reads safetensors."""
+    published = publish(solver=Newton(tol=1e-3))
+    with safetensors.safe_open(weights_folder / f"{TOY}.safetensors", "pt") as file:
+        header = file.metadata()
+        assert set(file.keys()) == set(published.state_dict())
+    assert header["deq_zoo.model"] == "tanh_deq"
+    arguments = json.loads(header["deq_zoo.arguments"])
+    assert arguments == zoo.spec_of(published).arguments
+    again = zoo.create_model(header["deq_zoo.model"], **arguments)
+    again.load_state_dict(safetensors.torch.load_file(weights_folder / f"{TOY}.safetensors"))
+
+
+def test_loaded_weights_can_be_published_again(weights_folder: Path) -> None:
+    publish()
+    zoo.save_weights(zoo.load_pretrained(TOY), weights_folder / "copy.safetensors")
+    headers, states = [], []
+    for name in (TOY, "copy"):
+        with safetensors.safe_open(weights_folder / f"{name}.safetensors", "pt") as file:
+            headers.append(file.metadata())
+            states.append({key: file.get_tensor(key) for key in sorted(file.keys())})
+    assert headers[0] == headers[1]
+    assert same(*states)
+
+
+def test_a_model_made_by_hand_is_not_published(weights_folder: Path) -> None:
+    with pytest.raises(ValueError, match=r"was not made by zoo\.create_model"):
+        zoo.save_weights(zoo.TanhDEQ(), weights_folder / "mine.safetensors")
+    assert not list(weights_folder.iterdir())
+
+
+def test_records_are_listed_as_they_were_saved(weights_folder: Path) -> None:
+    for name in ("tanh_deq.b", "tanh_deq.a", "other.c"):
+        publish(name)
+    assert [record.name for record in zoo.list_weights()] == ["other.c", "tanh_deq.a", "tanh_deq.b"]
+    assert [record.name for record in zoo.list_weights("tanh*")] == ["tanh_deq.a", "tanh_deq.b"]
+    assert zoo.list_weights("*.d") == []
+    (record,) = zoo.list_weights("*.a")
+    assert dataclasses.asdict(record) == json.loads((weights_folder / "tanh_deq.a.json").read_text())
+    assert record.path == weights_folder / "tanh_deq.a.safetensors"
+    assert (record.arguments, record.classes) == ({"width": 6, "contraction": 0.7}, None)
+
+
+def test_the_table_is_made_of_the_records(weights_folder: Path) -> None:
+    publish()
+    (record,) = zoo.list_weights()
+    assert weights.write_table() == weights_folder / "README.md"
+    table = (weights_folder / "README.md").read_text()
+    assert table == weights.markdown_table()
+    (row,) = [line for line in table.splitlines() if line.startswith("| `")]
+    assert row == (
+        "| `tanh_deq.toy` | 496 | nothing | val accuracy 0.5000, test accuracy 0.1235 | images (B, 64) in [0, 1] "
+        f"| MIT | `none` | `{record.sha256[:12]}…` |"
     )
-    return model
+
+
+# ----------------------------------------------------------------------------------------------------------- refusals
+
+
+@pytest.mark.parametrize("where", ["header", "first weight", "last weight"])
+def test_a_flipped_bit_is_refused(weights_folder: Path, where: str) -> None:
+    publish()
+    file = weights_folder / f"{TOY}.safetensors"
+    data = bytearray(file.read_bytes())
+    recorded = weights.sha256_of(bytes(data))
+    data[{"header": 20, "first weight": 8 + int.from_bytes(data[:8], "little"), "last weight": -1}[where]] ^= 1
+    file.write_bytes(data)
+    with pytest.raises(zoo.WeightsError) as error:
+        zoo.load_pretrained(TOY)
+    assert str(error.value) == (
+        f"{file} is damaged or was replaced: its sha256 is {weights.sha256_of(bytes(data))}, "
+        f"its record says {recorded}; nothing was loaded. Restore the file: git checkout -- checkpoints, or install the package again"
+    )
+
+
+def test_damage_after_the_first_load_is_found_too(weights_folder: Path) -> None:
+    publish()
+    zoo.load_pretrained(TOY)
+    file = weights_folder / f"{TOY}.safetensors"
+    file.write_bytes(file.read_bytes()[:-4])
+    with pytest.raises(zoo.WeightsError, match="is damaged or was replaced"):
+        zoo.load_pretrained(TOY)
+
+
+def test_a_missing_file(weights_folder: Path) -> None:
+    publish()
+    (weights_folder / f"{TOY}.safetensors").unlink()
+    with pytest.raises(zoo.WeightsError) as error:
+        zoo.load_pretrained(TOY)
+    assert str(error.value) == (
+        f"the weights {TOY} ship in {weights_folder / TOY}.safetensors, which cannot be read "
+        "(No such file or directory); restore the file: git checkout -- checkpoints, or install the package again"
+    )
+
+
+def test_the_record_of_other_weights(weights_folder: Path) -> None:
+    publish(), publish("tanh_deq.other")
+    (weights_folder / "tanh_deq.other.safetensors").rename(weights_folder / f"{TOY}.safetensors")
+    with pytest.raises(zoo.WeightsError, match="is damaged or was replaced: its sha256 is"):
+        zoo.load_pretrained(TOY)
+
+
+@pytest.mark.parametrize(
+    "written",
+    ["{", "[]", '{"name": "tanh_deq.toy"}', '{"colour": "red"}', "3"],
+    ids=["cut", "list", "too few", "other", "number"],
+)
+def test_a_broken_record(weights_folder: Path, written: str) -> None:
+    (weights_folder / "mine.json").write_text(written)
+    with pytest.raises(zoo.WeightsError, match=r"mine\.json is not a weights record: ."):
+        zoo.list_weights()
+
+
+def test_a_file_of_another_project(weights_folder: Path) -> None:
+    publish()
+    file = weights_folder / f"{TOY}.safetensors"
+    safetensors.torch.save_file({"a": torch.zeros(2)}, file)
+    (record,) = zoo.list_weights()
+    weights.save_record(dataclasses.replace(record, sha256=weights.sha256_of(file.read_bytes())))
+    with pytest.raises(zoo.WeightsError, match="does not say which model it belongs to: its header has no deq_zoo"):
+        zoo.load_pretrained(TOY)
+
+
+@pytest.mark.parametrize(
+    ("name", "arguments", "message"),
+    [
+        ("tanh_deq.tou", {}, r"unknown weights 'tanh_deq.tou'. Did you mean 'tanh_deq.toy'\? Known: tanh_deq.toy\."),
+        ("mdeq.imagenet", {}, r"unknown weights 'mdeq.imagenet'. Known: tanh_deq.toy\."),
+        (TOY, {"widht": 3}, r"model 'tanh_deq' has no argument 'widht'. Did you mean 'width'\?"),
+        (TOY, {"solver": "Newtn"}, r"unknown solver 'Newtn'. Did you mean 'Newton'\?"),
+    ],
+)
+@pytest.mark.usefixtures("weights_folder")
+def test_mistyped_names(name: str, arguments: dict[str, Any], message: str) -> None:
+    publish()
+    with pytest.raises(ValueError, match=f"^{message}"):
+        zoo.load_pretrained(name, **arguments)
+
+
+# ---------------------------------------------------------------------------------------------------------- overrides
+
+
+@pytest.mark.usefixtures("weights_folder")
+def test_another_solver_keeps_the_weights() -> None:
+    published = publish()
+    loaded = zoo.load_pretrained(TOY, solver=Newton(tol=1e-6), gradient="UnrolledGradient", mean=0.5)
+    assert same(state(loaded), state(published))
+    assert loaded.deq.solver == Newton(tol=1e-6)
+    assert loaded.mean == 0.5
+    assert zoo.spec_of(loaded).arguments["gradient"]["class_path"] == "zoo.implicit.UnrolledGradient"
+
+
+@pytest.mark.usefixtures("weights_folder")
+@pytest.mark.parametrize("recorded", [{"num_classes": 10}, {}], ids=["recorded", "the default"])
+def test_another_number_of_classes_leaves_the_classifier_at_random(recorded: dict[str, int]) -> None:
+    published = publish(**recorded)
+    with pytest.warns(zoo.ReinitializedWarning) as warned:
+        loaded = zoo.load_pretrained(TOY, num_classes=3)
+    assert str(warned[0].message) == (
+        "tanh_deq.toy was trained for 10 classes, and 3 were asked for: "
+        "classifier.weight, classifier.bias start at random"
+    )
+    assert warned[0].filename == __file__
+    assert len(warned) == 1
+    assert loaded(torch.rand(2, 64)).shape == (2, 3)
+    ours, theirs = state(loaded), state(published)
+    for key in ours.keys() - {"classifier.weight", "classifier.bias"}:
+        assert same(ours[key], theirs[key])
+    assert ours["classifier.weight"].any()
+
+
+@pytest.mark.usefixtures("weights_folder")
+@pytest.mark.parametrize("recorded", [{"num_classes": 10}, {}], ids=["recorded", "the default"])
+def test_the_same_number_of_classes_keeps_the_classifier(recorded: dict[str, int]) -> None:
+    published = publish(**recorded)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        loaded = zoo.load_pretrained(TOY, num_classes=10)
+    assert same(state(loaded), state(published))
+
+
+@pytest.mark.usefixtures("weights_folder")
+@pytest.mark.parametrize(
+    ("overrides", "told"),
+    [
+        ({"width": 8}, "with width=8 changed; change only arguments that keep the shapes."),
+        ({"contraction": None}, "with contraction=None changed; change only arguments that keep the shapes."),
+        ({"in_features": 9, "num_classes": 10}, "with in_features=9, num_classes=10 changed;"),
+    ],
+    ids=["width", "contraction", "in_features"],
+)
+def test_another_shape_is_one_clear_error(overrides: dict[str, Any], told: str) -> None:
+    publish()
+    with pytest.raises(zoo.WeightsError) as error:
+        zoo.load_pretrained(TOY, **overrides)
+    assert str(error.value).startswith(f"the weights {TOY} do not fit the model tanh_deq {told}")
+    assert "\n" not in str(error.value)
+    assert error.value.__suppress_context__
+
+
+# --------------------------------------------------------------------------------------------- the weights that ship
+
+
+def test_the_shipped_table_is_that_of_the_records() -> None:
+    assert (ROOT / "checkpoints" / "README.md").read_text() == weights.markdown_table()
+
+
+def test_every_shipped_file_has_a_record_and_a_table_row() -> None:
+    shipped = {path.name for path in (ROOT / "checkpoints").iterdir()}
+    names = [record.name for record in zoo.list_weights()]
+    assert "tanh_deq.digits" in names
+    assert shipped == {"README.md", *(f"{name}.{kind}" for name in names for kind in ("json", "safetensors"))}
+
+
+@pytest.mark.parametrize("record", zoo.list_weights(), ids=lambda record: record.name)
+def test_a_shipped_record_describes_its_file(record: zoo.WeightsRecord) -> None:
+    model = zoo.load_pretrained(record.name)
+    assert zoo.spec_of(model) == zoo.ModelSpec(record.model, record.arguments)
+    assert record.name.partition(".")[0] == record.model
+    assert record.num_parameters == sum(p.numel() for p in model.parameters())
+    assert record.source == "shipped"
+    assert len(record.classes or []) == record.arguments["num_classes"]
+    assert all(0 < value <= 1 for value in record.metrics.values())
+    assert (model.deq.solver, model.deq.gradient) == (Anderson(tol=1e-4), ImplicitGradient(Anderson(tol=1e-4)))
+
+
+MEASURE = """
+import json, sys
+blocked = ["pytorch_lightning", "lightning", "lightning_fabric", "torchmetrics", "lightning_modules", "datamodules"]
+sys.modules.update(dict.fromkeys([*blocked, "torchvision", "sklearn"]))  # None: importing them raises
+import torch, zoo
+
+torch.set_num_threads(1)
+models = {record.name: zoo.load_pretrained(record.name) for record in zoo.list_weights()}
+
+del sys.modules["sklearn"]
+import numpy as np
+from sklearn.datasets import load_digits
+from sklearn.model_selection import train_test_split
+
+digits = load_digits()
+labels = digits.target
+rest, test = train_test_split(np.arange(1797), test_size=360, stratify=labels, random_state=0)
+train, val = train_test_split(rest, test_size=180, stratify=labels[rest], random_state=0)
+images, labels = torch.from_numpy(digits.images / 16).float().unsqueeze(1), torch.from_numpy(labels)
+measured = {}
+for name, model in models.items():
+    hits = {}
+    with torch.no_grad():
+        for part, index in {"val": val, "test": test}.items():
+            right = model(images[index]).argmax(dim=1) == labels[index]
+            hits[f"{part}_accuracy"] = int(right.sum()) / len(index)
+    measured[name] = {"metrics": hits, "summary": model.deq.report.summary()}
+print(json.dumps(measured))
+"""
+
+
+def test_shipped_weights_reach_their_recorded_accuracy_without_lightning() -> None:
+    """In a new process, with nothing of this project but ``zoo``, and the split of scikit-learn's own two lines."""
+    done = subprocess.run(
+        [sys.executable, "-W", "error", "-c", MEASURE],
+        cwd=ROOT,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    measured = json.loads(done.stdout)
+    assert {name: found["metrics"] for name, found in measured.items()} == {
+        record.name: record.metrics for record in zoo.list_weights()
+    }
+    assert measured["tanh_deq.digits"]["summary"].startswith("360 of 360 samples converged in ")

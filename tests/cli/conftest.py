@@ -1,0 +1,36 @@
+"""The command line is run in this process, each time in an empty folder."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+import cli
+
+
+@pytest.fixture(autouse=True)
+def _in_an_empty_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="session")
+def made() -> dict[str, Any]:
+    """What the first ``setup_parser`` made."""
+    return {}
+
+
+@pytest.fixture(autouse=True)
+def _one_parser(made: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
+    """Making the parser takes longer than parsing, and it is the same for all: make it once."""
+    make = cli.ZooCLI.setup_parser
+
+    def make_once(self: cli.ZooCLI, *args: Any) -> None:
+        if not made:
+            before = dict(vars(self))
+            make(self, *args)
+            made.update({key: value for key, value in vars(self).items() if before.get(key) is not value})
+        vars(self).update(made)
+
+    monkeypatch.setattr(cli.ZooCLI, "setup_parser", make_once)

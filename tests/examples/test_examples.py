@@ -1,0 +1,76 @@
+"""Each example runs as it is, in a process of its own, and does what it says."""
+
+from __future__ import annotations
+
+import os
+import re
+import runpy
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+import zoo
+from tests.command_line import ROOT, Fitted, rows, same, weights
+
+EXAMPLES = ROOT / "examples"
+
+
+def run(*command: str, folder: Path) -> str:
+    """What a command prints; it succeeds, with nothing that Python would warn of but what the example is about."""
+    done = subprocess.run(
+        [sys.executable, *command],
+        cwd=folder,
+        env={**os.environ, "OMP_NUM_THREADS": "1", "COLUMNS": "120", "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    return done.stdout
+
+
+def test_every_example_is_tested() -> None:
+    tested = {"coupled_equilibrium.py", "finetune.py", "publish_weights.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == tested
+    for path in EXAMPLES.glob("*.py"):
+        assert f"python examples/{path.name}" in path.read_text(), "its docstring says how it is run"
+
+
+def test_coupled_equilibrium(tmp_path: Path) -> None:
+    printed = run("-W", "error", str(EXAMPLES / "coupled_equilibrium.py"), folder=tmp_path)
+    assert "x* (4, 3), y* (4, 5): 4 of 4 samples converged" in printed
+    (difference,) = re.findall(r"largest difference from the dense implicit gradient: (\S+)", printed)
+    assert float(difference) < 1e-10
+    assert not list(tmp_path.iterdir())
+
+
+def test_finetune(tmp_path: Path) -> None:
+    assert len((EXAMPLES / "finetune.py").read_text().splitlines()) <= 40
+    printed = run(str(EXAMPLES / "finetune.py"), folder=tmp_path)
+    (accuracy,) = re.findall(r"test/accuracy\D*([\d.]+)", printed)
+    assert float(accuracy) > 0.9  # by chance: 0.2
+    assert not list(tmp_path.iterdir())
+
+
+def test_publish_weights(fitted: Fitted, weights_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In this process, where it publishes into a folder of the test's."""
+    shipped = {path: path.read_bytes() for path in (ROOT / "checkpoints").iterdir()}
+    example = str(EXAMPLES / "publish_weights.py")
+    monkeypatch.setattr(sys, "argv", [example, fitted.best, "tanh_deq.mine"])
+    runpy.run_path(example, run_name="__main__")
+    assert {path.name for path in weights_folder.iterdir()} == {
+        *("tanh_deq.mine.safetensors", "tanh_deq.mine.json", "README.md")
+    }
+    assert {path: path.read_bytes() for path in (ROOT / "checkpoints").iterdir()} == shipped
+
+    (record,) = zoo.list_weights()
+    (tested,) = [row for row in rows(fitted.folder / "metrics.csv") if row["test/accuracy"]]
+    assert torch.tensor(record.metrics["test_accuracy"]).item() == float(tested["test/accuracy"])
+    assert record.num_parameters == sum(value.numel() for value in weights(fitted.best).values())
+    assert (record.name, record.arguments["width"]) == ("tanh_deq.mine", 8)
+    assert f"`{record.sha256[:12]}…`" in (weights_folder / "README.md").read_text()
+    loaded = zoo.load_pretrained("tanh_deq.mine")
+    assert same({f"model.{key}": value for key, value in loaded.state_dict().items()}, dict(weights(fitted.best)))

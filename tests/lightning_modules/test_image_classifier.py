@@ -1,0 +1,364 @@
+"""ImageClassifier in a script, with a plain Trainer: learning, logging, checkpoints, regularisation, schedules."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.loggers.logger import Logger
+from torch import Tensor
+from torch.nn import functional as F
+from torch.utils.data import DataLoader, TensorDataset
+
+import zoo
+from datamodules import DigitsDataModule
+from lightning_modules import ImageClassifier
+from tests.command_line import same
+from tests.toy_weights import publish
+from zoo.implicit import Anderson, ConvergenceWarning, ImplicitGradient, Newton, PhantomGradient, UnrolledGradient
+
+CHOICES: dict[str, Any] = {"solver": Newton(tol=1e-3), "gradient": ImplicitGradient(Anderson(tol=1e-3, memory=4))}
+
+
+class Rates(pl.Callback):
+    """The learning rate of each step."""
+
+    def __init__(self) -> None:
+        self.rates: list[float] = []
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
+
+
+class Steps(Logger):
+    """What each training step logged."""
+
+    name, version = "steps", 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.logged: list[dict[str, float]] = []
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nowhere."""
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        if "train/loss" in metrics:
+            self.logged.append(metrics)
+
+
+def small(**arguments: Any) -> ImageClassifier:
+    """The same small module each time, but for ``arguments``."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return ImageClassifier(**{"model_args": {"width": 6, "contraction": 0.9}, **arguments})
+
+
+def batches(count: int = 4, size: int = 20) -> DataLoader[Any]:
+    """The same batches each time."""
+    generator = torch.Generator().manual_seed(1)
+    images, labels = torch.rand(count * size, 1, 8, 8, generator=generator), torch.arange(count * size) % 10
+    return DataLoader(TensorDataset(images, labels), batch_size=size)
+
+
+def trainer(*callbacks: pl.Callback, **arguments: Any) -> pl.Trainer:
+    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    return pl.Trainer(**{"accelerator": "cpu", "max_epochs": 1, **quiet, **arguments}, callbacks=list(callbacks))
+
+
+def train(module: ImageClassifier, *callbacks: pl.Callback, loader: Any = None, **arguments: Any) -> pl.Trainer:
+    """Four steps an epoch."""
+    run = trainer(*callbacks, **{"log_every_n_steps": 1, "num_sanity_val_steps": 0, **arguments})
+    loader = batches() if loader is None else loader
+    run.fit(module, loader, loader)
+    return run
+
+
+def trained(**arguments: Any) -> tuple[ImageClassifier, list[dict[str, float]]]:
+    """A small module after four steps, and what they logged."""
+    module, steps = small(**arguments), Steps()
+    train(module, logger=steps)
+    return module, steps.logged
+
+
+def parameters(module: pl.LightningModule) -> dict[str, Tensor]:
+    return {name: p.detach().clone() for name, p in module.named_parameters()}
+
+
+# ----------------------------------------------------------------------------------------------------------- learning
+
+
+def test_it_learns_the_digits() -> None:
+    data = DigitsDataModule(augment=False)
+    module = small(model_args={"width": 32, "contraction": 0.9}, lr=1e-2)
+    pl.seed_everything(0)
+    run = trainer(max_epochs=6)
+    run.fit(module, datamodule=data)
+    (measured,) = run.test(module, datamodule=data, verbose=False)
+    assert measured["test/accuracy"] > 0.9
+    assert measured["test/converged"] == 1
+
+
+def test_what_is_logged_is_what_the_solves_report() -> None:
+    """The means over samples, whatever the sizes of the batches."""
+    module = small()
+    loader = DataLoader(batches().dataset, batch_size=60)  # 60 and 20
+    (measured,) = trainer().validate(module, loader, verbose=False)
+    images, labels = loader.dataset.tensors
+    with torch.no_grad():
+        logits = module.model(images)
+    report = module.model.deq.report
+    assert set(measured) == {f"val/{key}" for key in ("loss", "accuracy", "steps", "residual", "converged")}
+    assert measured["val/steps"] == pytest.approx(report.steps.float().mean().item(), rel=1e-6)
+    assert measured["val/residual"] == pytest.approx(report.residual.mean().item(), rel=1e-5)
+    assert measured["val/converged"] == 1
+    assert measured["val/loss"] == pytest.approx(F.cross_entropy(logits, labels).item(), rel=1e-6)
+    assert measured["val/accuracy"] == pytest.approx((logits.argmax(1) == labels).float().mean().item(), rel=1e-6)
+
+
+def test_a_training_step_logs_both_solves() -> None:
+    module, logged = trained()
+    for values in logged:
+        assert {"train/loss", "train/steps", "train/residual", "train/converged", "train/adjoint_steps"} <= set(values)
+        assert "train/jacobian" not in values
+    assert logged[-1]["train/steps"] == module.model.deq.report.steps.float().mean()
+    assert logged[-1]["train/adjoint_steps"] == module.model.deq.adjoint_report.steps.float().mean() > 0
+    _, unrolled = trained(gradient=UnrolledGradient())
+    assert all("train/adjoint_steps" not in values for values in unrolled)
+
+
+def test_a_solve_that_fails_is_said_and_logged() -> None:
+    module = small(solver=Anderson(tol=1e-12, max_steps=2))
+    with pytest.warns(ConvergenceWarning, match="did not converge for every sample"):
+        (measured,) = trainer().test(module, batches(), verbose=False)
+    assert (measured["test/converged"], measured["test/steps"]) == (0, 2)
+
+
+def test_label_smoothing_is_for_training_only() -> None:
+    image, label = next(iter(batches()))
+    module = small(label_smoothing=0.2)
+    _, logged = trained(label_smoothing=0.2)
+    expected = F.cross_entropy(module(image), label, label_smoothing=0.2).item()
+    assert logged[0]["train/loss"] == pytest.approx(expected, rel=1e-6)
+    (measured,) = trainer().validate(module, batches(1), verbose=False)
+    assert measured["val/loss"] == pytest.approx(F.cross_entropy(module(image), label).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("labelled", [True, False])
+def test_predictions_with_and_without_labels(labelled: bool) -> None:
+    module, (image, label) = small(), next(iter(batches()))
+    (predicted,) = trainer().predict(module, batches(1) if labelled else DataLoader(image, batch_size=20))
+    with torch.no_grad():
+        probability = module(image).softmax(1)
+    expected = {"prediction": probability.argmax(1), "probability": probability.amax(1)}
+    assert same(predicted, {**expected, "label": label} if labelled else expected)
+
+
+# -------------------------------------------------------------------------------------------------------- checkpoints
+
+
+@pytest.mark.parametrize("choices", [{}, CHOICES], ids=["default", "objects"])
+def test_a_checkpoint_is_plain_data_and_makes_the_module_again(tmp_path: Path, choices: dict[str, Any]) -> None:
+    module = small(label_smoothing=0.1, jacobian_weight=0.5, **choices)
+    run = train(module)
+    run.save_checkpoint(tmp_path / "mine.ckpt", weights_only=False)
+    content = torch.load(tmp_path / "mine.ckpt", weights_only=True)
+    assert content["deq_zoo_classes"] == {"model": "lightning_modules.ImageClassifier"}
+    plain = content["hyper_parameters"]
+    assert plain["solver"] == (
+        {"class_path": "zoo.implicit.Newton", "init_args": {"tol": 1e-3, "norm": "relative", "max_steps": 50}}
+        if choices
+        else None
+    )
+    again = ImageClassifier.load_from_checkpoint(tmp_path / "mine.ckpt", weights_only=True)
+    assert same(dict(again.state_dict()), dict(module.state_dict()))
+    assert (again.model.deq.solver, again.model.deq.gradient) == (module.model.deq.solver, module.model.deq.gradient)
+    assert (again.label_smoothing, again.jacobian_weight, again.lr) == (0.1, 0.5, 1e-3)
+    assert dict(again.hparams) == dict(module.hparams) == plain
+
+
+def test_a_checkpoint_names_its_data_where_it_is_a_datamodule(tmp_path: Path) -> None:
+    run = trainer(max_steps=1)
+    run.fit(small(), datamodule=DigitsDataModule(batch_size=50))
+    run.save_checkpoint(tmp_path / "mine.ckpt", weights_only=False)
+    content = torch.load(tmp_path / "mine.ckpt", weights_only=True)
+    assert content["deq_zoo_classes"]["data"] == "datamodules.DigitsDataModule"
+    assert content["datamodule_hyper_parameters"]["batch_size"] == 50
+
+
+def test_plain_descriptions_and_names_are_choices_too() -> None:
+    by_name = small(solver="Newton", gradient="PhantomGradient")
+    described = small(
+        solver={"class_path": "zoo.implicit.Newton"},
+        gradient={"class_path": "PhantomGradient", "init_args": {"steps": 1}},
+    )
+    for module in (by_name, described):
+        assert (module.model.deq.solver, module.model.deq.gradient) == (Newton(), PhantomGradient())
+    in_model_args = ImageClassifier(model_args={"width": 6, "solver": Newton()})
+    assert in_model_args.model.deq.solver == Newton()
+
+
+# ----------------------------------------------------------------------------------------------------- regularisation
+
+
+def test_the_jacobian_term_is_logged_and_changes_the_gradients() -> None:
+    image, label = next(iter(batches()))
+    gradients = []
+    for weight in (0.0, 2.0):
+        module = small(jacobian_weight=weight, model_args={"width": 6})
+        module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
+        torch.manual_seed(5)
+        module.training_step((image, label), 0).backward()
+        gradients.append({name: p.grad.clone() for name, p in module.named_parameters()})
+    for name in ("model.deq.cell.linear.weight", "model.injection.weight"):
+        assert (gradients[0][name] - gradients[1][name]).norm() > 0.01 * gradients[0][name].norm()
+    # The penalty is a function of z*, W and x: the classifier is none of them.
+    torch.testing.assert_close(gradients[0]["model.classifier.weight"], gradients[1]["model.classifier.weight"])
+
+
+def test_the_jacobian_term_is_the_penalty_of_the_backbone() -> None:
+    image, label = next(iter(batches()))
+    module = small(jacobian_weight=3.0)
+    logged: dict[str, Tensor] = {}
+    module.log = lambda name, value, **_: logged.update({name: value})  # type: ignore[method-assign]
+    torch.manual_seed(5)
+    loss = module.training_step((image, label), 0)
+    torch.manual_seed(5)
+    torch.rand(())  # the draw that decides whether the step has the penalty
+    with torch.no_grad():
+        x = module.model.injection(image.flatten(1))
+        z, _ = module.model.deq(x)
+    penalty = zoo.implicit.jacobian_penalty(module.model.deq.cell, z, x).mean()
+    torch.testing.assert_close(logged["train/jacobian"], penalty.detach())
+    torch.testing.assert_close(loss.detach(), logged["train/loss"] + 3 * penalty.detach())
+
+
+def test_the_jacobian_term_shrinks_the_jacobian() -> None:
+    free, _ = trained(lr=0.05)
+    regularized, logged = trained(lr=0.05, jacobian_weight=20.0)
+    norms = [m.model.deq.cell.linear.weight.norm().item() for m in (free, regularized)]
+    assert norms[1] < 0.95 * norms[0]
+    assert all(values["train/jacobian"] > 0 for values in logged)
+
+
+@pytest.mark.parametrize(("frequency", "how_often"), [(0.0, 0), (1.0, 4)])
+def test_the_extreme_frequencies(frequency: float, how_often: int) -> None:
+    pl.seed_everything(0)
+    module, logged = trained(jacobian_weight=1.0, jacobian_frequency=frequency)
+    assert sum("train/jacobian" in values for values in logged) == how_often
+    plain, _ = trained()
+    assert same(parameters(module), parameters(plain)) == (how_often == 0)
+
+
+def test_a_frequency_between_is_a_fraction_of_the_steps() -> None:
+    module = small(jacobian_weight=1.0, jacobian_frequency=0.25)
+    with_penalty = 0
+
+    def log(name: str, *args: Any, **kwargs: Any) -> None:
+        nonlocal with_penalty
+        with_penalty += name == "train/jacobian"
+
+    module.log = log  # type: ignore[method-assign]
+    torch.manual_seed(0)
+    for _ in range(200):
+        module.regularized(torch.zeros(1, 1, 8, 8), "train")
+    assert 30 <= with_penalty <= 70  # 50, give or take three standard deviations of 6
+    with_penalty = 0
+    module.regularized(torch.zeros(1, 1, 8, 8), "val")
+    assert with_penalty == 0
+
+
+# ---------------------------------------------------------------------------------------------------------- schedules
+
+
+@pytest.mark.parametrize(
+    ("schedule", "expected"),
+    [("constant", lambda k: 0.02), ("cosine", lambda k: 0.01 * (1 + math.cos(math.pi * k / 8)))],
+)
+def test_schedules(schedule: str, expected: Any) -> None:
+    """One value a step, over the whole run: two epochs of four steps."""
+    rates = Rates()
+    train(small(lr=0.02, schedule=schedule), rates, max_epochs=2)
+    assert rates.rates == pytest.approx([expected(k) for k in range(8)], abs=1e-9)
+
+
+def test_the_optimizer_has_what_is_trained() -> None:
+    module = small(lr=0.02, weight_decay=0.1, schedule="constant")
+    module.model.injection.requires_grad_(False)
+    before = parameters(module)
+    run = train(module)
+    (optimizer,) = run.optimizers
+    assert isinstance(optimizer, torch.optim.AdamW)
+    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    after = parameters(module)
+    assert {name for name in before if same(before[name], after[name])} == {
+        "model.injection.weight",
+        "model.injection.bias",
+    }
+
+
+# --------------------------------------------------------------------------------------------------------- pretrained
+
+
+@pytest.mark.usefixtures("weights_folder")
+def test_pretrained_weights_are_the_start() -> None:
+    published = publish()
+    module = ImageClassifier(pretrained="tanh_deq.toy")
+    assert same(dict(module.model.state_dict()), dict(published.state_dict()))
+    assert module.model.training
+
+
+@pytest.mark.usefixtures("weights_folder")
+def test_pretrained_weights_with_other_classes_are_fine_tuned(tmp_path: Path) -> None:
+    published = publish()
+    with pytest.warns(zoo.ReinitializedWarning, match="trained for 10 classes, and 4 were asked for: classifier"):
+        module = ImageClassifier(num_classes=4, pretrained="tanh_deq.toy", solver=Newton(), lr=0.01)
+    assert same(module.model.injection.weight, published.injection.weight)
+    assert module.model.deq.solver == Newton()
+    images, labels = batches().dataset.tensors
+    before = parameters(module)
+    run = train(module, loader=DataLoader(TensorDataset(images, labels % 4), batch_size=20))
+    assert not any(same(before[name], value) for name, value in parameters(module).items())
+    assert module(images).shape == (80, 4)
+
+    run.save_checkpoint(tmp_path / "mine.ckpt", weights_only=False)
+    with pytest.warns(zoo.ReinitializedWarning):
+        again = ImageClassifier.load_from_checkpoint(tmp_path / "mine.ckpt", weights_only=True)
+    assert same(dict(again.state_dict()), dict(module.state_dict()))
+
+
+@pytest.mark.usefixtures("weights_folder")
+def test_pretrained_weights_of_another_model(monkeypatch: pytest.MonkeyPatch) -> None:
+    publish()
+    monkeypatch.setitem(zoo.registry._MODELS, "other", zoo.registry._MODELS["tanh_deq"])
+    with pytest.raises(ValueError, match="are weights of model 'tanh_deq', but model='other' was asked for"):
+        ImageClassifier("other", pretrained="tanh_deq.toy")
+
+
+# ----------------------------------------------------------------------------------------------------------- mistakes
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"model": "tanh_dec"}, r"unknown model 'tanh_dec'. Did you mean 'tanh_deq'\?"),
+        ({"model_args": {"widht": 3}}, r"model 'tanh_deq' has no argument 'widht'. Did you mean 'width'\?"),
+        ({"model_args": {"num_classes": 3}}, "num_classes is an argument of its own, beside model_args"),
+        ({"solver": "Newtn"}, r"unknown solver 'Newtn'. Did you mean 'Newton'\?"),
+        ({"jacobian_weight": -1.0}, r"jacobian_weight takes a number >= 0 .*; given: -1.0 and 1.0"),
+        ({"jacobian_frequency": 1.5}, r"jacobian_frequency one in \[0, 1\]; given: 0.0 and 1.5"),
+        ({"label_smoothing": -0.1}, r"label_smoothing takes a number in \[0, 1\); given: -0.1"),
+        ({"label_smoothing": 1.0}, r"label_smoothing takes a number in \[0, 1\); given: 1.0"),
+        ({"lr": -1.0}, "lr and weight_decay take numbers >= 0; given: -1.0 and 0.0"),
+        ({"weight_decay": -1.0}, "lr and weight_decay take numbers >= 0; given: 0.001 and -1.0"),
+        ({"schedule": "cosin"}, "schedule takes 'cosine' or 'constant'; given: 'cosin'"),
+        ({"pretrained": "nothing.at_all"}, "unknown weights 'nothing.at_all'"),
+    ],
+)
+def test_mistakes_are_refused_where_they_are_made(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        ImageClassifier(**arguments)
