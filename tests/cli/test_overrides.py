@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import warnings
 from pathlib import Path
 
@@ -189,10 +188,3 @@ def test_the_readmes_typed_choices() -> None:
     assert run.cli.model.lr == 3e-3
     (optimizer,) = run.cli.trainer.optimizers
     assert optimizer.param_groups[0]["initial_lr"] == 3e-3
-
-
-def test_lightnings_logger_is_left_as_it_was() -> None:
-    """``said`` above reads the logger that the command line filters; neither silences it."""
-    with said() as messages:
-        logging.getLogger("pytorch_lightning.utilities.rank_zero").warning("hello")
-    assert messages == ["hello"]

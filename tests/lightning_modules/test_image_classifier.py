@@ -312,8 +312,7 @@ def test_pretrained_weights_are_the_start() -> None:
     assert module.model.training
 
 
-@pytest.mark.usefixtures("weights_folder")
-def test_pretrained_weights_with_other_classes_are_fine_tuned(tmp_path: Path) -> None:
+def test_pretrained_weights_with_other_classes_are_fine_tuned(weights_folder: Path, tmp_path: Path) -> None:
     published = publish()
     with pytest.warns(zoo.ReinitializedWarning, match="trained for 10 classes, and 4 were asked for: classifier"):
         module = ImageClassifier(num_classes=4, pretrained="tanh_deq.toy", solver=Newton(), lr=0.01)
@@ -325,10 +324,14 @@ def test_pretrained_weights_with_other_classes_are_fine_tuned(tmp_path: Path) ->
     assert not any(same(before[name], value) for name, value in parameters(module).items())
     assert module(images).shape == (80, 4)
 
+    # The checkpoint has all weights: what it started from is not needed any more, nor warned of again.
     run.save_checkpoint(tmp_path / "mine.ckpt", weights_only=False)
-    with pytest.warns(zoo.ReinitializedWarning):
-        again = ImageClassifier.load_from_checkpoint(tmp_path / "mine.ckpt", weights_only=True)
+    for file in weights_folder.iterdir():
+        file.unlink()
+    again = ImageClassifier.load_from_checkpoint(tmp_path / "mine.ckpt", weights_only=True)
     assert same(dict(again.state_dict()), dict(module.state_dict()))
+    assert (again.model.deq.solver, again.num_classes) == (Newton(), 4)
+    assert module.hparams["pretrained"] == "tanh_deq.toy"
 
 
 @pytest.mark.usefixtures("weights_folder")

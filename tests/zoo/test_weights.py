@@ -115,7 +115,8 @@ def test_a_flipped_bit_is_refused(weights_folder: Path, where: str) -> None:
         zoo.load_pretrained(TOY)
     assert str(error.value) == (
         f"{file} is damaged or was replaced: its sha256 is {weights.sha256_of(bytes(data))}, "
-        f"its record says {recorded}; nothing was loaded. Restore the file: git checkout -- checkpoints, or install the package again"
+        f"its record says {recorded}; nothing was loaded. "
+        "Restore the file: git checkout -- checkpoints, or install the package again"
     )
 
 
