@@ -142,9 +142,7 @@ class ZooCLI(LightningCLI):
             path = self.config[self.config.subcommand].ckpt_path  # a configuration can name one too
             if path in {"best", "last"} or (path == "hpc" and self.config.subcommand != "fit"):
                 newest = sorted(Path("runs").rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)[-3:]
-                there = (
-                    f"the newest are {', '.join(map(str, newest))}" if newest else "there is none under runs"
-                )
+                there = f"the newest are {', '.join(map(str, newest))}" if newest else "there is none under runs"
                 raise UsageError(f"--ckpt_path takes a file, since every run has a folder of its own; {there}")
             self.checkpoint = read_checkpoint(path) if _is_a_file(path) else None
         if self.checkpoint is not None:
