@@ -293,7 +293,9 @@ def test_the_optimizer_has_what_is_trained() -> None:
     run = train(module)
     (optimizer,) = run.optimizers
     assert isinstance(optimizer, torch.optim.AdamW)
-    assert optimizer.param_groups[0]["weight_decay"] == 0.1
+    (group,) = optimizer.param_groups
+    assert group["weight_decay"] == 0.1
+    assert {id(p) for p in group["params"]} == {id(p) for p in module.parameters() if p.requires_grad}
     after = parameters(module)
     assert {name for name in before if same(before[name], after[name])} == {
         "model.injection.weight",
