@@ -23,7 +23,7 @@ from torch import nn
 from .implicit.choices import nearest
 from .registry import ModelSpec, create_model, spec_of
 
-_MODEL, _ARGUMENTS = "deq_zoo.model", "deq_zoo.arguments"  # keys of the header
+_SPEC = "deq_zoo"  # the one key of the header: safetensors writes several in any order, and files could not be compared
 
 
 class WeightsError(RuntimeError):
@@ -135,7 +135,7 @@ def save_weights(model: nn.Module, path: str | Path) -> ModelSpec:
         ValueError: the model was not made by :func:`zoo.create_model` or :func:`zoo.load_pretrained`.
     """
     spec = spec_of(model)
-    header = {_MODEL: spec.model, _ARGUMENTS: json.dumps(spec.arguments, sort_keys=True)}
+    header = {_SPEC: json.dumps({"model": spec.model, "arguments": spec.arguments}, sort_keys=True)}
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     Path(path).write_bytes(safetensors.torch.save(state, metadata=header))
     return spec
@@ -214,9 +214,9 @@ def _verified(record: WeightsRecord) -> bytes:
 def _parse(data: bytes, where: str) -> tuple[ModelSpec, dict[str, Any]]:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    if _MODEL not in header or _ARGUMENTS not in header:
-        raise WeightsError(f"{where} does not say which model it belongs to: its header has no {_MODEL}")
-    return ModelSpec(header[_MODEL], json.loads(header[_ARGUMENTS])), safetensors.torch.load(data)
+    if _SPEC not in header:
+        raise WeightsError(f"{where} does not say which model it belongs to: its header has no {_SPEC!r}")
+    return ModelSpec(**json.loads(header[_SPEC])), safetensors.torch.load(data)
 
 
 def _first_lines(error: Exception, most: int = 4) -> str:

@@ -50,10 +50,11 @@ def test_the_file_says_what_it_is(weights_folder: Path) -> None:
     with safetensors.safe_open(weights_folder / f"{TOY}.safetensors", "pt") as file:
         header = file.metadata()
         assert set(file.keys()) == set(published.state_dict())
-    assert header["deq_zoo.model"] == "tanh_deq"
-    arguments = json.loads(header["deq_zoo.arguments"])
+    made_of = json.loads(header["deq_zoo"])
+    assert made_of["model"] == "tanh_deq"
+    arguments = made_of["arguments"]
     assert arguments == zoo.spec_of(published).arguments
-    again = zoo.create_model(header["deq_zoo.model"], **arguments)
+    again = zoo.create_model(made_of["model"], **arguments)
     again.load_state_dict(safetensors.torch.load_file(weights_folder / f"{TOY}.safetensors"))
 
 
@@ -164,7 +165,7 @@ def test_a_file_of_another_project(weights_folder: Path) -> None:
     safetensors.torch.save_file({"a": torch.zeros(2)}, file)
     (record,) = zoo.list_weights()
     weights.save_record(dataclasses.replace(record, sha256=weights.sha256_of(file.read_bytes())))
-    with pytest.raises(zoo.WeightsError, match="does not say which model it belongs to: its header has no deq_zoo"):
+    with pytest.raises(zoo.WeightsError, match="does not say which model it belongs to: its header has no 'deq_zoo'"):
         zoo.load_pretrained(TOY)
 
 
@@ -318,3 +319,11 @@ def test_shipped_weights_reach_their_recorded_accuracy_without_lightning() -> No
         record.name: record.metrics for record in zoo.list_weights()
     }
     assert measured["tanh_deq.digits"]["summary"].startswith("360 of 360 samples converged in ")
+
+
+def test_equal_models_give_equal_files(tmp_path: Path) -> None:
+    model = zoo.create_model("tanh_deq", width=6)
+    files = [tmp_path / f"{i}.safetensors" for i in range(8)]
+    for file in files:
+        zoo.save_weights(model, file)
+    assert len({file.read_bytes() for file in files}) == 1
