@@ -10,7 +10,7 @@ from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
-from zoo.implicit.choices import nearest
+from zoo.implicit.choices import concrete_subclasses, nearest
 
 
 class UsageError(Exception):
@@ -103,7 +103,8 @@ def _unknown_class(text: str) -> str | None:
         return None
     before, given = text[: found.start()], found[1] or found[2]
     base = _expected_class(before)
-    names = sorted({cls.__name__ for cls in _concrete(base)}) if base is not None else []
+    subclasses: Iterable[type[Any]] = concrete_subclasses(base) if base is not None else ()
+    names = sorted({cls.__name__ for cls in subclasses if not cls.__name__.startswith("_")})
     return f"unknown class {given!r} for '{_dotted(before)}'.{nearest(given.rpartition('.')[2], names)}"
 
 
@@ -165,12 +166,3 @@ def _resolve(path: str) -> Any:
     """A class that is imported already; nothing is imported here."""
     module, _, name = path.rpartition(".")
     return getattr(sys.modules.get(module), name, None)
-
-
-def _concrete(base: type) -> Iterable[type]:
-    """The subclasses that can be instantiated and are not private."""
-    subclasses: list[type] = base.__subclasses__()
-    for cls in subclasses:
-        if not inspect.isabstract(cls) and not cls.__name__.startswith("_"):
-            yield cls
-        yield from _concrete(cls)

@@ -12,6 +12,7 @@ from .gradients import Gradient
 from .solvers import Solver
 
 Choice = TypeVar("Choice", Solver, Gradient)
+Base = TypeVar("Base")
 
 
 def describe(choice: Solver | Gradient) -> dict[str, Any]:
@@ -44,12 +45,12 @@ def from_description(description: str | Mapping[str, Any] | Choice, kind: type[C
     if unknown := set(description) - {"class_path", "init_args"}:
         raise ValueError(f"a description has the keys class_path and init_args; given besides: {sorted(unknown)}")
     classes: dict[str, type[Choice]] = {}
-    for cls in _concrete(kind):  # the zoo's own first, so that nobody's class of the same name hides them
+    for cls in concrete_subclasses(kind):  # the zoo's own first, so that nobody's class of the same name hides them
         for path in (cls.__name__, _path(cls)):
             classes.setdefault(path, cls)
     name = description.get("class_path", "")
     if not isinstance(name, str) or name not in classes:
-        names = sorted(cls.__name__ for cls in _concrete(kind))
+        names = sorted(cls.__name__ for cls in concrete_subclasses(kind))
         raise ValueError(f"unknown {kind.__name__.lower()} {name!r}.{nearest(str(name), names)}")
     cls = classes[name]
     arguments = description.get("init_args") or {}
@@ -78,8 +79,9 @@ def _path(cls: type) -> str:
     return f"{package}.{cls.__name__}" if cls.__module__.startswith(package) else f"{cls.__module__}.{cls.__qualname__}"
 
 
-def _concrete(kind: type[Choice]) -> Iterator[type[Choice]]:
-    for cls in kind.__subclasses__():
+def concrete_subclasses(base: type[Base]) -> Iterator[type[Base]]:
+    """All subclasses of ``base`` that exist by now and can be instantiated, the older before the younger."""
+    for cls in base.__subclasses__():
         if not inspect.isabstract(cls):
             yield cls
-        yield from _concrete(cls)
+        yield from concrete_subclasses(cls)
