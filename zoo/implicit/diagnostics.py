@@ -82,7 +82,7 @@ def spectral_radius(
         with torch.no_grad(), full_precision(view.device):
             H = _arnoldi(product, start.expand(view.batch, -1), min(products, view.size)).cpu()
             finite = H.isfinite().all(dim=2).all(dim=1)
-            H = torch.where(finite[:, None, None], H, 0)  # eigvals refuses the whole batch for one of them
+            H = torch.where(finite[:, None, None], H, 0)  # for one of them eigvals may refuse the whole batch
             radius = torch.linalg.eigvals(H).abs().amax(dim=1)
             return torch.where(finite, radius, torch.nan).to(view.device)
 
@@ -96,21 +96,28 @@ def _arnoldi(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> 
     V = start.new_zeros(batch, steps, size)
     H = start.new_zeros(batch, steps, steps)
     rounding = 10 * torch.finfo(start.dtype).eps
-    V[:, 0] = start / torch.linalg.vector_norm(start, dim=1, keepdim=True)
+    V[:, 0] = start / _length(start)
     for k in range(steps):
         w = product(V[:, k])
         known = V[:, : k + 1]
-        length = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+        length = _length(w)
         for _ in range(2):
             h = torch.bmm(known, w.unsqueeze(2))  # (B, k + 1, 1)
             w = w - torch.bmm(known.mT, h).squeeze(2)
             H[:, : k + 1, k] += h.squeeze(2)
         if k + 1 < steps:
-            rest = torch.linalg.vector_norm(w, dim=1, keepdim=True)
+            rest = _length(w)
             goes_on = rest > rounding * length
             H[:, k + 1, k] = torch.where(goes_on, rest, 0).squeeze(1)
             V[:, k + 1] = torch.where(goes_on, w / rest, 0)
     return H
+
+
+def _length(x: Tensor) -> Tensor:
+    """``(B, N)`` -> ``(B, 1)`` Euclidean norms, also of rows whose squares overflow or vanish."""
+    peak = x.abs().amax(dim=1, keepdim=True).clamp_min(torch.finfo(x.dtype).tiny)
+    length: Tensor = peak * torch.linalg.vector_norm(x / peak, dim=1, keepdim=True)
+    return length
 
 
 def _constant(x: Tensor) -> Tensor:
@@ -201,7 +208,7 @@ def _size(x: Tensor) -> Tensor:
 
 def _cosine(x: Tensor, y: Tensor) -> Tensor:
     """``(B, N)``, ``(B, N)`` -> ``(B,)``."""
-    length_x, length_y = (torch.linalg.vector_norm(v, dim=1, keepdim=True) for v in (x, y))
+    length_x, length_y = _length(x), _length(y)
     tiny = torch.finfo(x.dtype).tiny
-    cosine = (x / length_x.clamp_min(tiny) * (y / length_y.clamp_min(tiny))).sum(dim=1).clamp(-1, 1)
+    cosine = (x / length_x.clamp_min(tiny) * (y / length_y.clamp_min(tiny))).sum(dim=1)
     return torch.where((length_x + length_y).squeeze(1) == 0, 1, cosine)
