@@ -102,9 +102,9 @@ def _arnoldi(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> 
         known = V[:, : k + 1]
         length = _length(w)
         for _ in range(2):
-            h = torch.bmm(known, w.unsqueeze(2))  # (B, k + 1, 1)
-            w = w - torch.bmm(known.mT, h).squeeze(2)
-            H[:, : k + 1, k] += h.squeeze(2)
+            h = torch.bmm(w.unsqueeze(1), known.mT)  # (B, 1, k + 1); as rows, since bmm is slow with columns on a CPU
+            w = w - torch.bmm(h, known).squeeze(1)
+            H[:, : k + 1, k] += h.squeeze(1)
         if k + 1 < steps:
             rest = _length(w)
             goes_on = rest > rounding * length
