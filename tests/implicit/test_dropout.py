@@ -234,8 +234,9 @@ def test_a_solve_in_a_cell_counts_in_the_rows_that_are_left() -> None:
             assert torch.equal(mask_of(dropout, 2, 9), whole[[5, 1]])
         with use_draws(outer.of_rows(None, 3)):
             assert torch.equal(mask_of(dropout, 3, 9), whole[[1, 2, 5]])
-        with use_draws(outer.of_rows(None, 2)), pytest.raises(ValueError, match="has a tensor with 2 rows"):
-            mask_of(dropout, 2, 9)
+        for view in (outer.of_rows(None, 2), outer.of_rows(torch.tensor([7, 4]), 8)):  # not of these samples
+            with use_draws(view), pytest.raises(ValueError, match="has a tensor with 2 rows"):
+                mask_of(dropout, 2, 9)
 
 
 def test_what_all_samples_share_has_a_mask_of_one_row() -> None:

@@ -26,7 +26,7 @@ class Draws:
 
     Attributes:
         rows: ``(R,)`` int64, the rows of the whole batch that are being evaluated; None for all of them.
-        batch: the size of the whole batch; None if that is not known.
+        batch: the size of the whole batch; None if that is not known, and then rows have no masks.
     """
 
     __slots__ = ("_kept", "_scaled", "_selected", "batch", "rows")
@@ -45,11 +45,13 @@ class Draws:
         """
         view = Draws()
         view._kept, view._scaled = self._kept, self._scaled
-        view.rows, view.batch = rows, batch
-        if self.rows is not None:
+        if self.rows is None:
+            view.rows, view.batch = rows, batch
+        elif batch != self.rows.shape[0]:  # of something else than the samples around it: no mask can be given
+            view.rows = self.rows
+        else:
             view.rows = self.rows if rows is None else self.rows.index_select(0, rows)
-            # Rows of something else than the samples around it: no mask can be given for them.
-            view.batch = self.batch if batch == self.rows.shape[0] else None
+            view.batch = self.batch
         return view
 
     def mask(self, owner: int, p: float, shape: Shape, dtype: torch.dtype, device: torch.device) -> Tensor:

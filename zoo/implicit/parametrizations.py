@@ -84,7 +84,8 @@ class ConvolutionBound(_Bound):
     (k - 1) / 2, which falls from its maximum no faster than a cosine does (M. Riesz 1914). So n(V) exceeds that norm by
     at most 7 % for 3 x 3 taps, and 17 % for any in two dimensions.
 
-    Circular padding is covered where the output is not larger than the input; other padding modes are not.
+    Circular padding is covered where the output is not larger than the input; other padding modes are not. The price is
+    the eigenvalues of H H* at all points of half the grid, 84 for 3 x 3 taps, once a solve.
 
     Args:
         bound: a positive number.
@@ -118,12 +119,13 @@ class ConvolutionBound(_Bound):
         # V is real: H(-w) is the conjugate of H(w), so half of the last axis will do.
         w = 2 * math.pi / V.new_tensor(grid) * _points([*grid[:-1], grid[-1] // 2 + 1], V)  # (P, d)
         phases = torch.exp(-1j * (w.unsqueeze(1) * _points(V.shape[2:], V)).sum(dim=2))  # (P, T)
-        V = V.flatten(2).unflatten(0, (self.groups, -1)).to(phases.dtype)  # (groups, m / groups, n, T)
+        V = V.flatten(2).unflatten(0, (self.groups, -1)).movedim(3, 0).to(phases.dtype)  # (T, groups, m / groups, n)
         with torch.no_grad():
-            H = torch.einsum("pt,gmnt->gpmn", phases, V).flatten(0, 1)
+            H = torch.tensordot(phases, V, dims=1)  # (P, groups, m / groups, n)
             largest = _largest_eigenvalue(_gram(H)).argmax()
-        group, point = largest // len(phases), largest % len(phases)
-        return V.index_select(0, group)[0] @ phases.index_select(0, point)[0]
+        point, group = largest // self.groups, largest % self.groups
+        response: Tensor = torch.tensordot(phases.index_select(0, point), V.index_select(1, group), dims=1)
+        return response[0, 0]
 
 
 def normalize_weights(
