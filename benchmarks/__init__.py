@@ -1,0 +1,1 @@
+"""Measurements of the backbone, beside TorchDEQ on the same problems: ``python -m benchmarks.solvers``."""

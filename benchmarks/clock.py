@@ -1,0 +1,64 @@
+"""Timing on a machine that drifts: everything that is compared takes turns in the same rounds."""
+
+from __future__ import annotations
+
+import gc
+import statistics
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+
+MIN_ROUNDS = 3
+
+
+@dataclass(frozen=True)
+class Times:
+    """Seconds that one action took, round by round; shorter than the others' where its budget ran out."""
+
+    seconds: list[float]
+
+    @property
+    def median(self) -> float:
+        return statistics.median(self.seconds)
+
+    def ratio(self, other: Times) -> float:
+        """The median over rounds of this action's time over the other's in the same round."""
+        return statistics.median(a / b for a, b in zip(self.seconds, other.seconds, strict=False))
+
+
+def interleaved(
+    actions: Mapping[str, Callable[[], object]],
+    rounds: int,
+    budget: float = float("inf"),
+    clock: Callable[[], float] = time.perf_counter,
+) -> dict[str, Times]:
+    """Time each action once a round, after one round that is not counted. Each round starts with another action.
+
+    Args:
+        actions: what is timed.
+        rounds: at most.
+        budget: seconds for each action; it takes part in ``MIN_ROUNDS`` rounds at least (or ``rounds``, if less).
+        clock: seconds.
+    """
+    for action in actions.values():
+        action()
+    names = list(actions)
+    seconds: dict[str, list[float]] = {name: [] for name in names}
+    enabled = gc.isenabled()
+    try:
+        for k in range(rounds):
+            gc.collect()
+            gc.disable()  # as timeit does: a collection would fall on whoever's turn it is
+            for name in (*names[k % len(names) :], *names[: k % len(names)]):
+                if k >= MIN_ROUNDS and sum(seconds[name]) > budget:
+                    continue
+                start = clock()
+                actions[name]()
+                seconds[name].append(clock() - start)
+            gc.enable()
+    finally:
+        if enabled:
+            gc.enable()
+        else:
+            gc.disable()
+    return {name: Times(values) for name, values in seconds.items()}

@@ -1,0 +1,295 @@
+"""The measurements of ``benchmarks.solvers``: each is a function of a plan that returns plain data."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from zoo.implicit import Anderson, BiCGSTAB, fixed_point
+
+from . import contestants as c
+from . import problems as p
+from .clock import interleaved
+from .contestants import Contestant, Zoo
+from .counts import Count, Counting, backward_count, forward_count, residual_trace, sample_evaluations
+from .end_to_end import Setting, loosest_settings, reference_gradient
+from .memory import peak_bytes
+
+Data = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a run measures."""
+
+    solved: Sequence[str] = tuple(p.SOLVED)
+    tolerances: Sequence[float] = (1e-3, 1e-5, 1e-6, 1e-8)
+    adjoint_tolerances: Sequence[float] = (1e-3, 1e-5, 1e-6)
+    scales: Sequence[float] = (1e-3, 1e-2, 1e-1, 1.0, 1e1, 1e2, 1e3)
+    traced: Sequence[str] = ("tanh", "outliers", "conv")
+    overhead: Sequence[tuple[str, torch.dtype]] = tuple(
+        (n, d) for n in p.OVERHEAD for d in (torch.float64, torch.float32)
+    )
+    overhead_steps: int = 30
+    gradients: Sequence[str] = ("tanh", "symmetric", "outliers", "conv")
+    errors: Sequence[float] = (1e-2, 1e-3)
+    memory_steps: Sequence[int] = (10, 20, 40, 80, 160)
+    mixed_tolerances: Sequence[float] = (1e-3, 1e-5)
+    compact_shape: tuple[int, int] = (256, 400)
+    rounds: int = 15
+    seconds: float = 3.0  # of timing, for each action
+
+
+QUICK = Plan(
+    solved=("tanh", "symmetric"),
+    tolerances=(1e-3, 1e-6),
+    adjoint_tolerances=(1e-3, 1e-6),
+    scales=(1e-2, 1.0, 1e2),
+    traced=("tanh",),
+    overhead=(("tanh 100", torch.float64),),
+    gradients=("tanh",),
+    errors=(1e-2,),
+    memory_steps=(10, 40),
+    compact_shape=(64, 100),
+    rounds=3,
+    seconds=0.3,
+)
+
+
+def described(plan: Plan) -> Data:
+    """The size of each problem, and the spectral radii of its Jacobian at z*."""
+    found: Data = {}
+    for name in plan.solved:
+        problem = p.SOLVED[name]()
+        radii = p.spectral_radii(problem)
+        found[name] = {"shape": list(problem.z0.shape), "radius": [float(radii.min()), float(radii.max())]}
+    return found
+
+
+def forward_counts(plan: Plan) -> Data:
+    """Evaluations of f to relative residuals of the worst sample: ``[problem][solver] -> counts``."""
+    found: Data = {}
+    for name in plan.solved:
+        problem = p.SOLVED[name]()
+        found[name] = {
+            s.name: [_count(forward_count(s, problem, tol)) for tol in plan.tolerances]
+            for s in (*c.ZOO_FORWARD, *c.TORCHDEQ)
+        }
+    return {"tolerances": list(plan.tolerances), "counts": found}
+
+
+def backward_counts(plan: Plan) -> Data:
+    """Vector-Jacobian products to residuals relative to ||g||: ``[problem][solver] -> counts``."""
+    found: Data = {}
+    for name in plan.solved:
+        problem = p.SOLVED[name]()
+        z = problem.solution()
+        found[name] = {
+            s.name: [_count(backward_count(forward, s, problem, z, tol)) for tol in plan.adjoint_tolerances]
+            for forward, s in _adjoints()
+        }
+    return {"tolerances": list(plan.adjoint_tolerances), "counts": found}
+
+
+def scale_counts(plan: Plan, tol: float = 1e-5) -> Data:
+    """The counts to one tolerance on ``tanh``, in other units of z, and of the loss."""
+    problem = p.SOLVED["tanh"]()
+    z = problem.solution()
+    forward = (c.ANDERSON, *c.TORCHDEQ)
+    return {
+        "scales": list(plan.scales),
+        "tol": tol,
+        "state": {s.name: [_count(forward_count(s, problem.scaled(x), tol)) for x in plan.scales] for s in forward},
+        "loss": {
+            s.name: [_count(backward_count(first, s, problem, z, tol, size=x)) for x in plan.scales]
+            for first, s in _adjoints()
+            if s.name in {item.name for item in forward}
+        },
+    }
+
+
+def traces(plan: Plan, tol: float = 1e-8, max_steps: int = 200) -> Data:
+    """The worst sample's residual after each evaluation: ``[problem][solver] -> residuals``."""
+    solvers = (c.ANDERSON, c.BROYDEN, *c.TORCHDEQ)
+    return {
+        name: {s.name: residual_trace(s, p.SOLVED[name](), tol, max_steps) for s in solvers} for name in plan.traced
+    }
+
+
+def overheads(plan: Plan) -> Data:
+    """T(solve) / (evaluations x T(f)) for a fixed number of steps: ``[problem][solver] -> ratio, evaluations``."""
+    found: Data = {}
+    steps = plan.overhead_steps
+    for name, dtype in plan.overhead:
+        problem = p.OVERHEAD[name](dtype)
+        contestants = [*c.ZOO_FORWARD, *c.TORCHDEQ, c.T_BLIND]
+        if dtype != torch.float64:
+            contestants = [c.ANDERSON, c.ITERATION, c.BROYDEN, c.T_ITERATION, c.T_ANDERSON, c.T_BROYDEN]
+        evaluations = {s.name: _evaluations(s, problem, steps) for s in contestants}
+        actions = {s.name: _solving(s, problem, steps) for s in contestants}
+        times = interleaved(actions | {"f": _evaluating(problem, steps)}, plan.rounds, plan.seconds)
+        found[f"{name}, {str(dtype).removeprefix('torch.')}"] = {
+            "f_seconds": times["f"].median / steps,
+            "ratios": {s: times[s].ratio(times["f"]) * steps / count for s, count in evaluations.items()},
+            "evaluations": evaluations,
+        }
+    return found
+
+
+def gradients(plan: Plan) -> Data:
+    """Time of one forward and backward pass at equal error of the parameters' gradient, for each problem and level.
+
+    Of every pair of TorchDEQ's solvers the loosest sufficient tolerance is found; one round singles out its fastest
+    three, which are then timed at length, in the same rounds as its Anderson pair and the zoo's. So is its plain
+    iteration that never looks at a residual, told how many steps that takes: the price of looking.
+    """
+    found: Data = {}
+    for name in plan.gradients:
+        problem = p.SOLVED[name]()
+        reference = reference_gradient(problem, c.ANDERSON, c.ANDERSON)
+        steps = min(problem.max_steps, 400)
+
+        def settings(pairs: Iterable[tuple[Contestant, Contestant]]) -> list[dict[float, Setting]]:
+            return [loosest_settings(problem, a, b, reference, plan.errors, steps) for a, b in pairs]  # noqa: B023
+
+        zoo = settings([(c.ANDERSON, c.ANDERSON), (c.ANDERSON, Zoo("zoo bicgstab", BiCGSTAB()))])
+        torchdeq = settings((a, b) for a in c.TORCHDEQ for b in c.TORCHDEQ)
+        for level in plan.errors:
+            ours = [s[level] for s in zoo if level in s]
+            theirs = [s[level] for s in torchdeq if level in s]
+            once = interleaved({s.name: _passing(s, problem) for s in theirs}, 1)
+            theirs.sort(key=lambda s: once[s.name].median)
+            kept = [s for i, s in enumerate(theirs) if i < 3 or (s.forward, s.adjoint) == (c.T_ANDERSON, c.T_ANDERSON)]
+            kept += [replace(s, forward=c.T_BLIND) for s in theirs if s.forward == c.T_ITERATION][:1]
+            times = interleaved({s.name: _passing(s, problem) for s in (*ours, *kept)}, plan.rounds, plan.seconds)
+            base = times[ours[0].name]
+            found[f"{name}, error {level:g}"] = {
+                s.name: {
+                    "milliseconds": 1e3 * times[s.name].median,
+                    "ratio": times[s.name].ratio(base),
+                    "tol": s.tol,
+                    "error": s.error,
+                    "evaluations": s.evaluations,
+                    "products": s.products,
+                }
+                for s in (*ours, *kept)
+            }
+    return found
+
+
+def memory(plan: Plan) -> Data:
+    """Peak of live tensor bytes of a forward and backward pass, in states: ``[solver] -> one for each max_steps``."""
+    problem = p.memory_problem()
+    state = problem.z0.numel() * problem.z0.element_size()
+
+    def peak(s: Contestant, steps: int) -> float:
+        def action() -> None:
+            z = s.equilibrium(problem.f, problem, 0.0, s, 0.0, (steps, steps))
+            torch.autograd.grad(problem.loss(z), tuple(problem.f.parameters()))
+
+        return peak_bytes(action) / state
+
+    solvers = (c.ANDERSON, c.ITERATION, c.BROYDEN, c.T_ITERATION, c.T_ANDERSON, c.T_BROYDEN)
+    return {
+        "steps": list(plan.memory_steps),
+        "states": {s.name: [peak(s, steps) for steps in plan.memory_steps] for s in solvers},
+    }
+
+
+def mixed(plan: Plan) -> Data:
+    """Rows evaluated for a batch of mixed difficulty, with and without per-sample stopping."""
+    problem = p.mixed()
+    found: Data = {}
+    for tol in plan.mixed_tolerances:
+        rows: Data = {}
+        for s in (c.ANDERSON, c.ITERATION, c.BROYDEN):
+            with torch.no_grad():
+                _, report = fixed_point(
+                    problem.f, problem.z0, *problem.inputs, solver=s.configured(problem, tol, None), on_failure="ignore"
+                )
+            rows[s.name] = dataclasses.asdict(sample_evaluations(report.steps.tolist(), report.evaluations))
+        for t in c.TORCHDEQ:
+            rows[t.name] = {"whole_batch": len(problem.z0) * forward_count(t, problem, tol).number}
+        found[f"{tol:g}"] = rows
+    return found
+
+
+def compaction(plan: Plan) -> Data:
+    """Time of a solve in which 6 % of the rows are hard, over that of Anderson with ``compact=True``."""
+    problem = p.few_hard(*plan.compact_shape)
+    compact = Zoo("zoo anderson, compact", Anderson(compact=True))
+    contestants: list[Contestant] = [compact, c.ANDERSON, c.ITERATION, *c.TORCHDEQ]
+    found: Data = {}
+    for tol in plan.mixed_tolerances:
+        counts = {s: forward_count(s, problem, tol) for s in contestants}
+        reached = [s for s, count in counts.items() if count.reached]
+        times = interleaved(
+            {s.name: _solving(s, problem, counts[s].number, tol) for s in reached}, plan.rounds, plan.seconds
+        )
+        found[f"{tol:g}"] = {
+            s.name: {"milliseconds": 1e3 * times[s.name].median, "ratio": times[s.name].ratio(times[compact.name])}
+            for s in reached
+        }
+    return found
+
+
+MEASUREMENTS: dict[str, Callable[[Plan], Data]] = {
+    "problems": described,
+    "forward": forward_counts,
+    "backward": backward_counts,
+    "scale": scale_counts,
+    "traces": traces,
+    "overhead": overheads,
+    "gradient": gradients,
+    "memory": memory,
+    "mixed": mixed,
+    "compaction": compaction,
+}
+
+
+def _adjoints() -> list[tuple[Contestant, Contestant]]:
+    """Each adjoint contestant behind a forward one of its library, TorchDEQ's with an absolute tolerance."""
+    theirs = [replace(s, stop_mode="abs") for s in c.TORCHDEQ]
+    return [*((c.ANDERSON, s) for s in c.ZOO_ADJOINT), *((c.T_ITERATION, s) for s in theirs)]
+
+
+def _count(count: Count) -> Data:
+    return {**dataclasses.asdict(count), "reached": count.reached}
+
+
+def _evaluations(s: Contestant, problem: p.Problem, steps: int) -> int:
+    f = Counting(problem.f)
+    s.solve(f, problem, 0.0, steps)
+    return f.evaluations
+
+
+def _solving(s: Contestant, problem: p.Problem, steps: int | None, tol: float = 0.0) -> Callable[[], Tensor]:
+    return lambda: s.solve(problem.f, problem, tol, steps)
+
+
+def _passing(setting: Setting, problem: p.Problem) -> Callable[[], object]:
+    return lambda: setting.run(problem)
+
+
+def _evaluating(problem: p.Problem, steps: int) -> Callable[[], None]:
+    def evaluate() -> None:
+        with torch.no_grad():
+            z = problem.z0
+            for _ in range(steps):
+                z = problem.f(z, *problem.inputs)
+
+    return evaluate
+
+
+def plain(plan: Plan) -> Data:
+    """The plan as JSON can hold it."""
+    return {
+        item.name: [str(x) if isinstance(x, tuple) else x for x in value] if isinstance(value, tuple) else value
+        for item in dataclasses.fields(plan)
+        for value in [getattr(plan, item.name)]
+    }
