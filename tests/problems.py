@@ -14,10 +14,14 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from zoo.implicit import (
+    GMRES,
     Anderson,
+    BiCGSTAB,
+    Broyden,
     FixedPointIteration,
     Gradient,
     ImplicitGradient,
+    NeumannGradient,
     Newton,
     PhantomGradient,
     Solver,
@@ -29,11 +33,22 @@ SOLVERS: dict[str, Solver] = {
     "damped_iteration": FixedPointIteration(damping=0.7),
     "anderson": Anderson(),
     "anderson_mixing_always": Anderson(memory=5, mix_every=1, damping=0.9),
+    "anderson_type_1": Anderson(kind=1),
+    "broyden": Broyden(),
+    "broyden_sliding": Broyden(memory=3),
     "newton": Newton(),
+}
+
+ADJOINT_SOLVERS: dict[str, Solver] = {
+    **SOLVERS,
+    "gmres": GMRES(),
+    "gmres_restarting": GMRES(restart=3),
+    "bicgstab": BiCGSTAB(),
 }
 
 GRADIENTS: dict[str, Callable[[Solver], Gradient]] = {
     "implicit": ImplicitGradient,
+    "neumann": lambda _: NeumannGradient(steps=60),
     "phantom": lambda _: PhantomGradient(steps=50),
     "unrolled": lambda _: UnrolledGradient(),
 }
@@ -55,6 +70,10 @@ METHODS: dict[str, Method] = {
     f"{name}-{kind}": Method(tight(solver), make(tight(solver)))
     for name, solver in SOLVERS.items()
     for kind, make in GRADIENTS.items()
+} | {
+    f"anderson-implicit-{name}": Method(tight(Anderson()), ImplicitGradient(tight(solver)))
+    for name, solver in ADJOINT_SOLVERS.items()
+    if name not in SOLVERS
 }
 
 

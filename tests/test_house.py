@@ -25,8 +25,8 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 # Besides the standard library and itself.
 MAY_IMPORT = {
-    "zoo/implicit": {"torch"},
-    "zoo": {"torch", "safetensors"},
+    "zoo/implicit": {"torch", "matplotlib"},  # the latter in plots.py only, as a test of the backbone says
+    "zoo": {"torch", "safetensors", "matplotlib"},
     "lightning_modules": {"torch", "pytorch_lightning", "lightning_fabric", "torchmetrics", "zoo"},
     "datamodules": {"torch", "pytorch_lightning", "torchvision", "sklearn", "numpy"},
 }

@@ -98,7 +98,9 @@ def test_a_linear_map_is_solved_in_as_many_mixes_as_it_has_dimensions() -> None:
 def test_a_memory_of_one_is_plain_iteration() -> None:
     problem = slow(largest=0.8)
     anderson = Anderson(tol=1e-8, memory=1, mix_every=1, damping=0.9)
-    assert evaluations(*problem, anderson) == evaluations(*problem, FixedPointIteration(tol=1e-8, damping=0.9))
+    assert evaluations(*problem, anderson) == evaluations(
+        *problem, FixedPointIteration(tol=1e-8, damping=0.9, check_every=1)
+    )
 
 
 def test_the_first_mix_by_hand() -> None:

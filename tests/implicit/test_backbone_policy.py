@@ -38,7 +38,8 @@ def test_there_is_something_to_check() -> None:
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(PACKAGE)))
 def test_the_backbone_imports_torch_and_itself_only(path: Path) -> None:
     for name in imported(path):
-        assert name.split(".")[0] in ALLOWED, name
+        plots = path.name == "plots.py" and name.split(".")[0] == "matplotlib"  # imported where a figure is made
+        assert name.split(".")[0] in ALLOWED or plots, name
         assert name.split(".")[0] != "zoo" or name.split(".")[:2] == ["zoo", "implicit"], name
 
 

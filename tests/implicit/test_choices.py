@@ -11,12 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tests.problems import GRADIENTS, SOLVERS
+from tests.problems import ADJOINT_SOLVERS, GRADIENTS
 from zoo.implicit import (
     Anderson,
     FixedPointIteration,
     Gradient,
     ImplicitGradient,
+    NeumannGradient,
     Newton,
     PhantomGradient,
     Solver,
@@ -67,7 +68,7 @@ def test_gradients_survive_the_round_trip_through_json(gradient: Gradient) -> No
     assert from_description(json.loads(json.dumps(describe(gradient))), Gradient) == gradient
 
 
-@pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("solver", ADJOINT_SOLVERS.values(), ids=SOLVERS)
 def test_the_solvers_of_the_table(solver: Solver) -> None:
     assert from_description(describe(solver), Solver) == solver
     assert from_description(type(solver).__name__, Solver) == type(solver)()
@@ -82,7 +83,13 @@ def test_what_a_description_looks_like() -> None:
         "init_args": {
             "solver": {
                 "class_path": "zoo.implicit.Newton",
-                "init_args": {"tol": 1e-3, "norm": "relative", "max_steps": 50},
+                "init_args": {
+                    "tol": 1e-3,
+                    "norm": "relative",
+                    "max_steps": 50,
+                    "compact": False,
+                    "bfloat16_until": None,
+                },
             }
         },
     }
@@ -108,9 +115,9 @@ def test_ways_to_describe(description: Any, kind: Any, expected: Any) -> None:
 
 
 def test_every_default_is_plain_data() -> None:
-    for choice in (*SOLVERS.values(), PhantomGradient(), UnrolledGradient()):
+    for choice in (*ADJOINT_SOLVERS.values(), PhantomGradient(), NeumannGradient(), UnrolledGradient()):
         for field in fields(choice):
-            assert isinstance(getattr(choice, field.name), int | float | str)
+            assert isinstance(getattr(choice, field.name), int | float | str | None)
 
 
 # ------------------------------------------------------------------------------------------------------------- refused

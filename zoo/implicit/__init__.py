@@ -4,31 +4,50 @@
 """
 
 from .choices import describe, from_description
+from .diagnostics import PathIndependence, path_independence, spectral_radius
+from .dropout import VariationalDropout, one_draw
 from .equilibrium import DEQ, Cell, fixed_point
-from .gradients import Gradient, ImplicitGradient, PhantomGradient, UnrolledGradient
-from .parametrizations import SpectralBound
+from .gradients import Gradient, ImplicitGradient, NeumannGradient, PhantomGradient, UnrolledGradient
+from .parametrizations import ConvolutionBound, SpectralBound, normalize_weights
+from .plots import convergence_plot
 from .regularization import jacobian_penalty
 from .report import ConvergenceError, ConvergenceWarning, SolverReport, SolverStatus
-from .solvers import Anderson, FixedPointIteration, Newton, Solver
+from .solvers import GMRES, Anderson, BiCGSTAB, Broyden, FixedPointIteration, Newton, Solver
+from .trajectory import Trajectory, correction_weights, fixed_point_correction
 
 __all__ = [
     "DEQ",
+    "GMRES",
     "Anderson",
+    "BiCGSTAB",
+    "Broyden",
     "Cell",
     "ConvergenceError",
     "ConvergenceWarning",
+    "ConvolutionBound",
     "FixedPointIteration",
     "Gradient",
     "ImplicitGradient",
+    "NeumannGradient",
     "Newton",
+    "PathIndependence",
     "PhantomGradient",
     "Solver",
     "SolverReport",
     "SolverStatus",
     "SpectralBound",
+    "Trajectory",
     "UnrolledGradient",
+    "VariationalDropout",
+    "convergence_plot",
+    "correction_weights",
     "describe",
     "fixed_point",
+    "fixed_point_correction",
     "from_description",
     "jacobian_penalty",
+    "normalize_weights",
+    "one_draw",
+    "path_independence",
+    "spectral_radius",
 ]

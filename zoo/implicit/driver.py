@@ -7,13 +7,40 @@ move it, so the result of a sample does not depend on what else is in its batch.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Collection
+from dataclasses import dataclass, fields
+from typing import Any
 
 import torch
 from torch import Tensor
+from torch.utils import _pytree as pytree
 
 from .report import SolverReport, SolverStatus, empty_report
 from .solvers.base import Map, Solver
+
+_DROP_FROM = 0.25  # rows leave the batch when at least this share of those present has stopped: copying has its price
+
+
+@dataclass
+class _Rows:
+    """What is known of each sample that is present; all tensors have one entry, or one row, a sample."""
+
+    best: Tensor  # (B, N) the iterate of the lowest residual so far
+    residual: Tensor  # (B,) its residual in the solver's norm; the largest number of its dtype before there is one
+    distance: Tensor  # (B,) its ||f(z) - z||
+    start_distance: Tensor  # (B,)
+    improved: Tensor  # (B,) whether an iterate after the start was better than all before
+    converged: Tensor  # (B,)
+    failed: Tensor  # (B,) whether f was not finite
+    steps: Tensor  # (B,)
+
+    def scatter(self, into: _Rows, index: Tensor) -> _Rows:
+        """These rows written to the places ``index`` of the whole batch."""
+        pairs = ((getattr(into, item.name), getattr(self, item.name)) for item in fields(self))
+        return _Rows(*(whole.index_copy(0, index, part) for whole, part in pairs))
+
+    def gather(self, index: Tensor) -> _Rows:
+        return _Rows(*(getattr(self, item.name).index_select(0, index) for item in fields(self)))
 
 
 def solve(
@@ -22,9 +49,9 @@ def solve(
     solver: Solver,
     *,
     scale: Tensor | None = None,
-    project: Callable[[Tensor], Tensor] | None = None,
     trace: bool = False,
-) -> tuple[Tensor, SolverReport]:
+    keep: Collection[int] = (),
+) -> tuple[Tensor, SolverReport, dict[int, Tensor]]:
     """Iterate ``solver`` on z = f(z) from ``z0`` until every sample has stopped.
 
     Differentiable by backpropagation through the iterations when grad mode is on.
@@ -34,93 +61,152 @@ def solve(
         z0: ``(B, N)`` the start.
         solver: what makes the steps.
         scale: ``(B,)`` what a relative residual is relative to; ``||f(z)||`` by default.
-        project: applied to each iterate before f sees it; for states that are narrower than solver arithmetic.
         trace: keep the residual of every evaluation.
+        keep: numbers of updates after which the iterate is kept.
 
     Returns:
-        ``(B, N)``, for each sample the iterate of the lowest residual that was looked at, and the report.
+        ``(B, N)``, for each sample the iterate of the lowest residual that was looked at; the report; and the iterates
+        ``(B, N)`` that were asked for. A sample that stopped before is there in the state in which it stopped.
     """
-    batch = z0.shape[0]
-    if batch == 0:
-        return f(z0), empty_report(z0.device, z0.dtype)  # f(z0) has a graph, so that unrolled gradients exist
+    if z0.shape[0] == 0:  # f(z0) has a graph, so that unrolled gradients exist
+        fz = f(z0)
+        return fz, empty_report(z0.device, z0.dtype, trace=trace), dict.fromkeys(keep, fz)
+    return _Solve(f, z0, solver, scale, trace=trace).run(keep)
 
-    z = best = z0
-    best_residual = torch.full((batch,), torch.inf, dtype=z0.dtype, device=z0.device)
-    start_distance = best_distance = best_residual
-    converged = torch.zeros(batch, dtype=torch.bool, device=z0.device)
-    failed = torch.zeros_like(converged)
-    improved_after_start = torch.zeros_like(converged)
-    steps = torch.full((batch,), solver.max_steps, device=z0.device)
-    residuals: list[Tensor] = []
-    memory = solver.init(f, z0)
-    some_stopped = False
 
-    for k in range(solver.max_steps + 1):
-        fz = f(z)
-        last = k == solver.max_steps
-        if k == 0 or last or (k + 1) % solver.check_every == 0:
-            distance, residual = _residual(z, fz, solver, scale)
-            stopped = converged | failed
-            better = (residual <= best_residual) & residual.isfinite() & ~stopped
-            best_residual = torch.where(better, residual, best_residual)
-            best_distance = torch.where(better, distance, best_distance)
-            newly_converged = better & (residual <= solver.tol)
-            newly_failed = ~(residual.isfinite() | stopped)
-            converged = converged | newly_converged
-            failed = failed | newly_failed
+class _Solve:
+    """The state of one solve."""
+
+    def __init__(self, f: Map, z0: Tensor, solver: Solver, scale: Tensor | None, *, trace: bool) -> None:
+        self.f = f
+        self.z0 = z0
+        self.solver = solver
+        self.scale = scale
+        self.trace: list[Tensor] | None = [] if trace else None
+        batch = z0.shape[0]
+        none = torch.zeros(batch, dtype=torch.bool, device=z0.device)
+        lowest = torch.full((batch,), torch.finfo(z0.dtype).max, dtype=z0.dtype, device=z0.device)
+        steps = torch.full((batch,), solver.max_steps, device=z0.device)
+        self.rows = _Rows(z0, lowest, lowest, lowest, none, none, none, steps)
+        self.all_improved = ~none
+        self.stopped: Tensor | None = None  # (B,), None while no sample has stopped
+        self.present: Tensor | None = None  # where the rows stand in the whole batch, once some have left it
+        self.whole = self.rows  # the rows of the whole batch, up to date for those that have left
+        self.row_evaluations = 0
+
+    def run(self, keep: Collection[int]) -> tuple[Tensor, SolverReport, dict[int, Tensor]]:
+        solver = self.solver
+        z = self.z0
+        memory = solver.init(self.f, z)
+        kept: dict[int, Tensor] = {}
+        for k in range(solver.max_steps + 1):
+            if k in keep:
+                kept[k] = self._iterate_of_all(z)
+            fz = self.f(z)
+            self.row_evaluations += z.shape[0]
+            last = k == solver.max_steps
+            if k == 0 or last or solver.looks(k, memory):
+                done = self._look(k, z, fz)
+                if done or last:
+                    break
+                if self.stopped is not None:
+                    z = torch.where(self.rows.failed.unsqueeze(1), self.rows.best, z)
+                    if solver.compact:
+                        z, fz, memory = self._drop_stopped(z, fz, memory)
+            elif self.trace is not None:
+                self.trace.append(torch.full_like(self.whole.residual, torch.nan))
+            proposed, memory = solver.step(self.f, k, z, fz, memory)
+            proposed = self.f.project(proposed)
+            z = proposed if self.stopped is None else torch.where(self.stopped.unsqueeze(1), z, proposed)
+        rows = self._rows_of_all()
+        return rows.best, self._report(rows, evaluations=k + 1), {at: kept.get(at, rows.best) for at in keep}
+
+    def _look(self, k: int, z: Tensor, fz: Tensor) -> bool:
+        """Judge the iterate ``z``; whether all samples have stopped."""
+        rows = self.rows
+        with torch.no_grad():
+            distance, residual = _residual(z, fz, self.solver, self.scale)
+            better = residual <= rows.residual  # also False where it is not finite
             if k == 0:
-                start_distance = distance
+                rows.start_distance = distance
+            if self.stopped is None:
+                # The common case: no sample stops, and all have come closer.
+                if torch.stack((better, residual > self.solver.tol)).all().item():
+                    rows.best, rows.residual, rows.distance = z, residual, distance
+                    if k > 0:
+                        rows.improved = self.all_improved
+                    if self.trace is not None:
+                        self.trace.append(self._residual_of_all(residual))
+                    return False
+                stopped = torch.zeros_like(rows.converged)
             else:
-                improved_after_start = improved_after_start | better
-            now_stopped = converged | failed
-            steps = torch.where(now_stopped & ~stopped, k, steps)
-            if trace:
-                residuals.append(torch.where(stopped, best_residual, residual))
+                stopped = self.stopped
+                better = better & ~stopped
+            rows.residual = torch.where(better, residual, rows.residual)
+            rows.distance = torch.where(better, distance, rows.distance)
+            rows.converged = rows.converged | (better & (residual <= self.solver.tol))
+            rows.failed = rows.failed | ~(residual.isfinite() | stopped)
+            if k > 0:
+                rows.improved = rows.improved | better
+            now_stopped = rows.converged | rows.failed
+            rows.steps = torch.where(now_stopped & ~stopped, k, rows.steps)
+            if self.trace is not None:
+                self.trace.append(self._residual_of_all(torch.where(stopped, rows.residual, residual)))
             # One transfer to the host for all decisions.
-            done, some_stopped, all_better, some_failed = torch.stack(
-                (now_stopped.all(), now_stopped.any(), (better | stopped).all(), newly_failed.any())
+            all_stopped, some_stopped, all_better = torch.stack(
+                (now_stopped.all(), now_stopped.any(), (better | stopped).all())
             ).tolist()
-            best = z if all_better else torch.where(better.unsqueeze(1), z, best)
-            if done or last:
-                evaluations = k + 1
-                break
-            if some_failed:
-                z = torch.where(failed.unsqueeze(1), best, z)
-        elif trace:
-            residuals.append(torch.full_like(best_residual, torch.nan))
+        rows.best = z if all_better else torch.where(better.unsqueeze(1), z, rows.best)
+        self.stopped = now_stopped if some_stopped else None
+        return bool(all_stopped)
 
-        proposed, memory = solver.step(f, k, z, fz, memory)
-        if project is not None:
-            proposed = project(proposed)
-        z = torch.where((converged | failed).unsqueeze(1), z, proposed) if some_stopped else proposed
+    def _drop_stopped(self, z: Tensor, fz: Tensor, memory: Any) -> tuple[Tensor, Tensor, Any]:
+        """Take the samples that stopped out of the batch, if they are many enough to be worth it."""
+        index = (~(self.rows.converged | self.rows.failed)).nonzero().squeeze(1)
+        if index.numel() > (1 - _DROP_FROM) * z.shape[0]:
+            return z, fz, memory
+        self.whole = self._rows_of_all()
+        self.present = index if self.present is None else self.present[index]
+        self.rows = self.rows.gather(index)
+        self.all_improved = torch.ones_like(self.rows.converged)
+        self.stopped = None
+        self.f = self.f.select(index)
+        memory = pytree.tree_map_only(Tensor, lambda x: x.index_select(0, index), memory)
+        return z.index_select(0, index), fz.index_select(0, index), memory
 
-    # A relative residual falls also when z merely runs away; the distance tells.
-    diverged = (~improved_after_start | (best_distance > start_distance)) & (evaluations > 1)
-    status = torch.full_like(steps, SolverStatus.MAX_STEPS)
-    for holds, name in (
-        (diverged, SolverStatus.DIVERGED),
-        (failed, SolverStatus.NON_FINITE),
-        (converged, SolverStatus.CONVERGED),
-    ):
-        status = torch.where(holds, name, status)
-    return best, SolverReport(
-        residual=best_residual.detach(),
-        steps=steps,
-        converged=converged,
-        status=status,
-        evaluations=evaluations,
-        trace=torch.stack(residuals).detach() if trace else None,
-    )
+    def _rows_of_all(self) -> _Rows:
+        return self.rows if self.present is None else self.rows.scatter(self.whole, self.present)
+
+    def _iterate_of_all(self, z: Tensor) -> Tensor:
+        return z if self.present is None else self.whole.best.index_copy(0, self.present, z)
+
+    def _residual_of_all(self, residual: Tensor) -> Tensor:
+        return residual if self.present is None else self.whole.residual.index_copy(0, self.present, residual)
+
+    def _report(self, rows: _Rows, evaluations: int) -> SolverReport:
+        # A relative residual falls also when z merely runs away; the distance tells.
+        diverged = ~rows.improved | (rows.distance > rows.start_distance)
+        unsolved = torch.where(diverged & (evaluations > 1), SolverStatus.DIVERGED, SolverStatus.MAX_STEPS)
+        status = torch.where(rows.failed, SolverStatus.NON_FINITE, unsolved)
+        never_finite = rows.residual == torch.finfo(rows.residual.dtype).max
+        return SolverReport(
+            residual=torch.where(never_finite, torch.inf, rows.residual),
+            steps=rows.steps,
+            converged=rows.converged,
+            status=torch.where(rows.converged, SolverStatus.CONVERGED, status),
+            evaluations=evaluations,
+            row_evaluations=self.row_evaluations,
+            trace=None if self.trace is None else torch.stack(self.trace),
+        )
 
 
 def _residual(z: Tensor, fz: Tensor, solver: Solver, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """``(B,)`` ||f(z) - z||, and the same in the solver's norm."""
-    with torch.no_grad():
-        distance: Tensor = torch.linalg.vector_norm(fz - z, dim=1)
-        if solver.norm == "absolute":
-            return distance, distance
-        if scale is None:
-            scale = torch.linalg.vector_norm(fz, dim=1)
-        # Where f(z) is about 0 the quotient would overflow, and only f itself may say that it is not finite.
-        tiny = torch.finfo(distance.dtype).tiny
-        return distance, distance / torch.maximum(scale, distance * tiny).clamp_min(tiny)
+    distance: Tensor = torch.linalg.vector_norm(fz - z, dim=1)
+    if solver.norm == "absolute":
+        return distance, distance
+    if scale is None:
+        scale = torch.linalg.vector_norm(fz, dim=1)
+    # Where f(z) is about 0 the quotient would overflow, and only f itself may say that it is not finite.
+    tiny = torch.finfo(distance.dtype).tiny
+    return distance, distance / torch.maximum(scale, distance * tiny).clamp_min(tiny)

@@ -2,23 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from typing import Any, Protocol, cast
+from typing import Any, Protocol, cast, overload
 
 import torch
-from torch import nn
-from torch.autograd import forward_ad
-from torch.nn.modules.batchnorm import _BatchNorm
+from torch import Tensor, nn
 from torch.nn.utils import parametrize
-from torch.utils import _pytree as pytree
 
-from .driver import solve
+from .checks import check_choices, refuse_changing_cells, refuse_forward_mode
+from .dropout import one_draw
 from .gradients import Gradient, ImplicitGradient, OnAdjoint
-from .maps import FlatMap, full_precision
-from .report import OnFailure, SolverReport, act_on_failure, check_on_failure
+from .maps import FlatMap, autocast_dtype, full_precision
+from .report import OnFailure, SolverReport, act_on_failure
 from .solvers import Anderson, Solver
+from .stages import solve_in_slices, solve_in_stages
 from .state import State, StateView
+from .trajectory import Trajectory
 
 
 class Cell(Protocol):
@@ -31,6 +31,7 @@ class Cell(Protocol):
         ...
 
 
+@overload
 def fixed_point(
     f: Callable[..., State],
     z0: State,
@@ -39,8 +40,35 @@ def fixed_point(
     gradient: Gradient | None = None,
     on_failure: OnFailure = "warn",
     trace: bool = False,
+    trajectory: None = None,
+    recompute: bool = False,
     on_adjoint: OnAdjoint | None = None,
-) -> tuple[State, SolverReport]:
+) -> tuple[State, SolverReport]: ...
+@overload
+def fixed_point(
+    f: Callable[..., State],
+    z0: State,
+    *inputs: State,
+    solver: Solver | None = None,
+    gradient: Gradient | None = None,
+    on_failure: OnFailure = "warn",
+    trace: bool = False,
+    trajectory: Trajectory | Sequence[int],
+    recompute: bool = False,
+    on_adjoint: OnAdjoint | None = None,
+) -> tuple[State, SolverReport, list[State]]: ...
+def fixed_point(
+    f: Callable[..., State],
+    z0: State,
+    *inputs: State,
+    solver: Solver | None = None,
+    gradient: Gradient | None = None,
+    on_failure: OnFailure = "warn",
+    trace: bool = False,
+    trajectory: Trajectory | Sequence[int] | None = None,
+    recompute: bool = False,
+    on_adjoint: OnAdjoint | None = None,
+) -> tuple[State, SolverReport] | tuple[State, SolverReport, list[State]]:
     """The equilibrium z* = f(z*, *inputs), differentiable with respect to the inputs and to what f holds.
 
     Rows are independent samples: f must treat row b of its output as a function of row b of its arguments.
@@ -58,10 +86,16 @@ def fixed_point(
             (:class:`ConvergenceWarning`) or ``"raise"`` (:class:`ConvergenceError`). In the first two cases the best
             state is returned; the report tells in each.
         trace: keep the residual of every evaluation in ``report.trace``.
+        trajectory: also return the states after so many updates, for losses on them: a :class:`Trajectory`, or the
+            numbers of updates, which stand for ``Trajectory(numbers)``.
+        recompute: keep no activations of recorded evaluations of f; they are computed again in the backward pass, at
+            the price of an evaluation a product, under the same autocast state and random draws
+            (``torch.utils.checkpoint``).
         on_adjoint: called with the report of each adjoint solve, in the backward pass.
 
     Returns:
-        z* in the structure of ``z0``, and the :class:`SolverReport`, whose residual is that of the z* returned.
+        z* in the structure of ``z0``, and the :class:`SolverReport`, whose residual is that of the z* returned; with
+        ``trajectory``, also the list of its states.
 
     Raises:
         TypeError, ValueError: z0, f's output or an option is not as described; the message says what was given.
@@ -71,10 +105,18 @@ def fixed_point(
     """
     solver = Anderson() if solver is None else solver
     gradient = ImplicitGradient() if gradient is None else gradient
-    _check_choices(solver, gradient, on_failure)
+    check_choices(solver, gradient, on_failure)
     if not gradient.through_solver:
-        _refuse_forward_mode(z0, inputs)
+        refuse_forward_mode(z0, inputs)
+    if trajectory is not None and not isinstance(trajectory, Trajectory):
+        trajectory = Trajectory(trajectory)
+    if trajectory is not None and max(trajectory.steps) > solver.max_steps:
+        raise ValueError(
+            f"the states of a trajectory are among the solver's max_steps={solver.max_steps} updates; "
+            f"given: steps={trajectory.steps}"
+        )
     view = StateView(z0)
+    ambient = autocast_dtype(view.device)
     recording = torch.is_grad_enabled()
     unrolling = recording and gradient.through_solver
 
@@ -83,21 +125,37 @@ def fixed_point(
             on_adjoint(report)
         act_on_failure(report, on_failure, f"the adjoint solve with {gradient}")
 
-    flat_map = FlatMap(f, view, inputs)
-    if recording:
-        _forget_weights_without_graph()
-    with _parametrizations_computed_once(f), full_precision(view.device):
-        with torch.set_grad_enabled(unrolling):
-            start = view.flatten(z0) if unrolling else view.flatten(z0).detach()
-            project = view.round if view.rounds else None
-            z, report = solve(flat_map, start, solver, project=project, trace=trace)
-        act_on_failure(report, on_failure, f"the fixed-point solve with {solver}")
+    def attached(z: Tensor, gradient: Gradient) -> Tensor:
+        with_graph = z
         if recording:
             _forget_weights_without_graph()
-            attached = gradient.attach(flat_map, z, finish_adjoint)
+            with torch.enable_grad():
+                with_graph = gradient.attach(flat_map, z, finish_adjoint)
         # Never the caller's storage (z0, an input) nor what a graph has saved: the caller may change z* in place.
-        z = attached if recording and attached is not z else z.clone()
-    return view.unflatten(z), report
+        return z.clone() if with_graph is z else with_graph
+
+    if recording:
+        _forget_weights_without_graph()
+    with one_draw(), _parametrizations_computed_once(f), full_precision(view.device):
+        flat_map = FlatMap(f, view, inputs, recompute=recompute)
+        if solver.bfloat16_until is None:
+            flat_map = flat_map.in_precision(ambient)
+        with torch.set_grad_enabled(unrolling):
+            start = view.flatten(z0) if unrolling else view.flatten(z0).detach()
+            if trajectory is not None and trajectory.sliced:
+                way = trajectory.gradient
+                z, report, states = solve_in_slices(
+                    flat_map, start, solver, trajectory.steps, lambda z: attached(z, way), trace=trace
+                )
+            else:
+                keep = () if trajectory is None else trajectory.steps
+                z, report, kept = solve_in_stages(flat_map, start, solver, trace=trace, keep=keep)
+                states = [] if trajectory is None else [attached(kept[k], trajectory.gradient) for k in keep]
+        act_on_failure(report, on_failure, f"the fixed-point solve with {solver}")
+        z = attached(z, gradient)
+    if trajectory is None:
+        return view.unflatten(z), report
+    return view.unflatten(z), report, [view.unflatten(state) for state in states]
 
 
 class DEQ(nn.Module):
@@ -107,7 +165,7 @@ class DEQ(nn.Module):
         cell: a module with ``cell(z, *inputs) -> z`` and ``cell.initial_state(*inputs) -> z0``.
         solver: how it is solved; ``Anderson()`` by default.
         gradient: how it is differentiated; ``ImplicitGradient()`` by default.
-        on_failure: see :func:`fixed_point`.
+        on_failure, recompute: see :func:`fixed_point`.
 
     Attributes:
         report: the :class:`SolverReport` of the last call; None before the first.
@@ -127,22 +185,41 @@ class DEQ(nn.Module):
         solver: Solver | None = None,
         gradient: Gradient | None = None,
         on_failure: OnFailure = "warn",
+        recompute: bool = False,
     ) -> None:
         super().__init__()
         self.cell = cell
+        self.recompute = recompute
         self.solver = Anderson() if solver is None else solver
         self.gradient = ImplicitGradient() if gradient is None else gradient
         self.on_failure: OnFailure = on_failure
         self.report: SolverReport | None = None
         self.adjoint_report: SolverReport | None = None
-        _check_choices(self.solver, self.gradient, on_failure)
+        check_choices(self.solver, self.gradient, on_failure)
 
-    def forward(self, *inputs: State, z0: State | None = None, trace: bool = False) -> tuple[State, SolverReport]:
-        """z* for these inputs, from ``z0`` or the cell's own initial state, and the report of the solve."""
-        _refuse_batch_statistics(self.cell)
+    @overload
+    def forward(
+        self, *inputs: State, z0: State | None = None, trace: bool = False, trajectory: None = None
+    ) -> tuple[State, SolverReport]: ...
+    @overload
+    def forward(
+        self, *inputs: State, z0: State | None = None, trace: bool = False, trajectory: Trajectory | Sequence[int]
+    ) -> tuple[State, SolverReport, list[State]]: ...
+    def forward(
+        self,
+        *inputs: State,
+        z0: State | None = None,
+        trace: bool = False,
+        trajectory: Trajectory | Sequence[int] | None = None,
+    ) -> tuple[State, SolverReport] | tuple[State, SolverReport, list[State]]:
+        """z* for these inputs, from ``z0`` or the cell's own initial state, and the report of the solve.
+
+        With ``trajectory`` also the states that it names; see :func:`fixed_point`.
+        """
+        refuse_changing_cells(self.cell)
         if z0 is None:
             z0 = cast(Cell, self.cell).initial_state(*inputs)
-        z, self.report = fixed_point(
+        result = fixed_point(
             self.cell,
             z0,
             *inputs,
@@ -150,9 +227,12 @@ class DEQ(nn.Module):
             gradient=self.gradient,
             on_failure=self.on_failure,
             trace=trace,
+            trajectory=trajectory,
+            recompute=self.recompute,
             on_adjoint=self._keep_adjoint_report,
         )
-        return z, self.report
+        self.report = result[1]
+        return cast(tuple[State, SolverReport], result)
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, gradient={self.gradient}"
@@ -189,30 +269,3 @@ def _forget_weights_without_graph() -> None:
     cache = parametrize._cache  # noqa: SLF001 - torch has no public way to empty it
     for key in [key for key, weight in cache.items() if weight is not None and not weight.requires_grad]:
         del cache[key]
-
-
-def _refuse_forward_mode(*states: State) -> None:
-    leaves = (x for x in pytree.tree_leaves(states) if isinstance(x, torch.Tensor))
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in leaves):
-        raise NotImplementedError(
-            "forward-mode derivatives of an equilibrium exist with UnrolledGradient() only; "
-            "an input is a dual tensor (torch.autograd.forward_ad, torch.func.jvp)"
-        )
-
-
-def _refuse_batch_statistics(cell: nn.Module) -> None:
-    for name, module in cell.named_modules():
-        if isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats):
-            raise ValueError(
-                f"the cell holds a {type(module).__name__} that uses batch statistics ({name or 'the cell itself'}): "
-                "samples would depend on each other, and its running statistics move at each evaluation of one solve; "
-                "use GroupNorm or LayerNorm, or put it in eval mode"
-            )
-
-
-def _check_choices(solver: Solver, gradient: Gradient, on_failure: str) -> None:
-    if not isinstance(solver, Solver):
-        raise TypeError(f"solver= takes a solver object, like Anderson(tol=1e-4); given: {solver!r}")
-    if not isinstance(gradient, Gradient):
-        raise TypeError(f"gradient= takes a gradient object, like ImplicitGradient(); given: {gradient!r}")
-    check_on_failure(on_failure)

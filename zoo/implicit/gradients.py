@@ -5,13 +5,14 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from .driver import solve
-from .maps import AdjointMap, FlatMap, full_precision
+from .implicit_function import attach_implicit, attach_straight_through
+from .maps import AdjointMap, FlatMap
 from .report import SolverReport
 from .solvers import Anderson, Solver
 from .solvers.base import _is_count, _is_number
@@ -59,31 +60,49 @@ class ImplicitGradient(Gradient):
             raise TypeError(
                 f"ImplicitGradient(solver=...) takes a solver, like Anderson(tol=1e-4); given: {self.solver!r}"
             )
+        if self.solver.compact or self.solver.bfloat16_until is not None:
+            raise ValueError(
+                "ImplicitGradient(solver=...) takes a solver with compact=False and bfloat16_until=None: all products "
+                f"read the graph of one evaluation, which has all rows, in one precision; given: {self.solver!r}"
+            )
 
     def attach(self, f: FlatMap, z: Tensor, on_adjoint: OnAdjoint) -> Tensor:
-        with torch.enable_grad():
-            z_in = z.detach().requires_grad_()
-            fz = f(z_in)
-        if not _reaches_another_leaf(fz, z_in):
-            return z
-        with torch.no_grad():
-            J = f.jacobian(z.detach()) if self.solver.needs_jacobian else None
-        # The backward pass through fz reaches z_in too; nobody reads what is left there.
-        z_in.register_post_accumulate_grad_hook(_drop_grad)
-
-        def adjoint(g: Tensor) -> Tensor:
-            with torch.no_grad(), full_precision(g.device):
-                # u is linear in g, so solve for a g of size 1: the squares of a tiny one would underflow.
-                peak = g.abs().amax(dim=1, keepdim=True) if g.numel() else g[:, :1]
-                unit = g / peak.clamp_min(torch.finfo(g.dtype).tiny)
-                scale = torch.linalg.vector_norm(unit, dim=1)
-                u, report = solve(AdjointMap(z_in, fz, unit, J), unit, self.solver, scale=scale)
-                u = u * peak
+        def solve_adjoint(f: AdjointMap) -> Tensor:
+            u, report, _ = solve(f, f.offset, self.solver, scale=torch.linalg.vector_norm(f.offset, dim=1))
             on_adjoint(report)
-            return _RefuseSecondDerivative.apply(u, fz, g) if torch.is_grad_enabled() else u
+            return u
 
-        attached: Tensor = _Attach.apply(fz, z, adjoint)
-        return attached
+        with torch.no_grad():
+            J = f.jacobian(z) if self.solver.needs_jacobian else None
+        return attach_implicit(f.with_inputs, z, f.visible(), J, solve_adjoint)
+
+
+@dataclass(frozen=True)
+class NeumannGradient(Gradient):
+    """The implicit gradient with (I - J^T)^-1 cut after ``steps`` terms: u = g + J^T g + ... + (J^T)^steps g.
+
+    Memory does not grow with ``steps``: all products read the graph of one evaluation. The error falls as the spectral
+    radius of J to the power ``steps``, if that is below 1. ``steps=0`` is the one-step gradient. Geng, Zhang, Bai, Wang
+    and Lin, "On Training Implicit Models" (NeurIPS 2021), section 3.2.
+
+    Args:
+        steps: vector-Jacobian products, at least 0.
+    """
+
+    steps: int = 5
+
+    def __post_init__(self) -> None:
+        if not _is_count(self.steps, at_least=0):
+            raise ValueError(f"NeumannGradient(steps=...) takes an integer >= 0; given: {self.steps!r}")
+
+    def attach(self, f: FlatMap, z: Tensor, on_adjoint: OnAdjoint) -> Tensor:
+        def sum_series(f: AdjointMap) -> Tensor:
+            u = f.offset
+            for _ in range(self.steps):
+                u = f(u)
+            return u
+
+        return attach_implicit(f.with_inputs, z, f.visible(), None, sum_series)
 
 
 @dataclass(frozen=True)
@@ -92,21 +111,26 @@ class PhantomGradient(Gradient):
 
     Geng, Zhang, Bai, Wang and Lin, "On Training Implicit Models" (NeurIPS 2021). No adjoint solve; a biased gradient
     whose error falls with ``steps``. ``steps=1, damping=1`` is the one-step, or Jacobian-free, gradient (u = g) of Fung
-    et al., "JFB" (AAAI 2022). Memory grows with ``steps``. The value stays z* itself.
+    et al., "JFB" (AAAI 2022). Memory grows with ``steps``.
 
     Args:
         steps: iterations that are recorded, at least 1.
         damping: in (0, 1]. A stabiliser for f that is not contractive, not an accelerator.
+        advance: return the state after the recorded iterations, as the published code does, instead of z* itself. The
+            report tells of z*; evaluation (under ``no_grad``) records nothing, and returns z* in any case.
     """
 
     steps: int = 1
     damping: float = 1.0
+    advance: bool = False
 
     def __post_init__(self) -> None:
         if not _is_count(self.steps, at_least=1):
             raise ValueError(f"PhantomGradient(steps=...) takes an integer >= 1; given: {self.steps!r}")
         if not (_is_number(self.damping) and 0 < self.damping <= 1):
             raise ValueError(f"PhantomGradient(damping=...) takes a number in (0, 1]; given: {self.damping!r}")
+        if not isinstance(self.advance, bool):
+            raise ValueError(f"PhantomGradient(advance=...) takes true or false; given: {self.advance!r}")
 
     def attach(self, f: FlatMap, z: Tensor, on_adjoint: OnAdjoint) -> Tensor:
         with torch.enable_grad():
@@ -116,8 +140,7 @@ class PhantomGradient(Gradient):
                 phantom = fz if self.damping == 1 else torch.lerp(phantom, fz, self.damping)
         if not phantom.requires_grad:
             return z
-        attached: Tensor = _Attach.apply(phantom, z, None)
-        return attached
+        return phantom if self.advance else attach_straight_through(phantom, z)
 
 
 @dataclass(frozen=True)
@@ -128,55 +151,3 @@ class UnrolledGradient(Gradient):
 
     def attach(self, f: FlatMap, z: Tensor, on_adjoint: OnAdjoint) -> Tensor:
         return z
-
-
-class _Attach(torch.autograd.Function):
-    """The value of ``z`` with the graph of ``fz``; gradients pass through ``adjoint`` on their way, if there is one."""
-
-    @staticmethod
-    def forward(ctx: Any, fz: Tensor, z: Tensor, adjoint: Callable[[Tensor], Tensor] | None) -> Tensor:
-        ctx.adjoint = adjoint
-        return z.clone()
-
-    @staticmethod
-    def backward(ctx: Any, g: Tensor) -> tuple[Tensor, None, None]:
-        return (g if ctx.adjoint is None else ctx.adjoint(g)), None, None
-
-
-class _RefuseSecondDerivative(torch.autograd.Function):
-    """u, which raises when it is differentiated: how it depends on z*, f and g is not recorded.
-
-    ``fz`` and ``g`` are there for their graphs: whoever differentiates with respect to anything behind them comes by.
-    """
-
-    @staticmethod
-    def forward(ctx: Any, u: Tensor, fz: Tensor, g: Tensor) -> Tensor:
-        return u.view_as(u)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Tensor:
-        raise NotImplementedError(
-            "ImplicitGradient has no second derivative: the first one was taken with create_graph=True, and now it is "
-            "differentiated. Use PhantomGradient(steps=...) or UnrolledGradient() where second derivatives are needed."
-        )
-
-
-def _drop_grad(leaf: Tensor) -> None:
-    leaf.grad = None
-
-
-def _reaches_another_leaf(output: Tensor, leaf: Tensor) -> bool:
-    """Whether the graph of ``output`` ends in anything that requires a gradient besides ``leaf``."""
-    if output.grad_fn is None:
-        return False
-    stack, seen = [output.grad_fn], {output.grad_fn}
-    while stack:
-        node = stack.pop()
-        variable = getattr(node, "variable", None)  # only AccumulateGrad nodes have one
-        if variable is not None and variable is not leaf:
-            return True
-        for upstream, _ in node.next_functions:
-            if upstream is not None and upstream not in seen:
-                seen.add(upstream)
-                stack.append(upstream)
-    return False

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import copy
+import itertools
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Protocol, runtime_checkable
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.checkpoint import checkpoint
 
+from .dropout import current_draws, use_draws
 from .state import State, StateView
 
 
@@ -28,27 +33,56 @@ _IN_PLACE = (
 
 
 class FlatMap:
-    """f(z, *inputs) on ``(B, N)`` matrices, called in the autocast state in which this object was made."""
+    """f(z, *inputs) on ``(B, N)`` matrices, called in the autocast state in which this object was made.
 
-    def __init__(self, f: Callable[..., State], view: StateView, inputs: tuple[State, ...]) -> None:
+    Args:
+        f: the cell.
+        view: what its states look like.
+        inputs: its further arguments.
+        recompute: keep no activation of recorded evaluations; they are computed again in the backward pass.
+    """
+
+    def __init__(
+        self, f: Callable[..., State], view: StateView, inputs: tuple[State, ...], *, recompute: bool = False
+    ) -> None:
         self.f = f
         self.view = view
         self.inputs = inputs
-        self._autocast_dtype = autocast_dtype(view.device)
+        self.recompute = recompute
+        self.autocast_dtype = autocast_dtype(view.device)
+        self.draws = current_draws()
         self._calls = 0
 
     def __call__(self, z: Tensor) -> Tensor:
+        if self.recompute and torch.is_grad_enabled():
+            value: Tensor = checkpoint(self._evaluate, z, use_reentrant=False)
+            return value
+        return self._evaluate(z)
+
+    def with_inputs(self, z: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
+        """f(z) with other tensors in place of the inputs."""
+        other = copy.copy(self)
+        other.inputs = pytree.tree_map_only(Tensor, replace, self.inputs)
+        return other(z)
+
+    def _evaluate(self, z: Tensor) -> Tensor:
+        if self.draws is not current_draws():  # rows have left, or the backward pass evaluates again
+            with use_draws(self.draws):
+                return self._evaluate(z)
         version = None if z.is_inference() else z._version  # noqa: SLF001 - torch's own count of in-place changes
         # Inference tensors have no such count. A change may not show in the first call, where z is often 0.
-        copy = z.clone() if version is None and self._calls < 2 else None
+        before = z.clone() if version is None and self._calls < 2 else None
         self._calls += 1
-        with self._autocast():
+        if self.autocast_dtype is None:
             value = self.f(self.view.unflatten(z), *self.inputs)
-        if copy is not None and not torch.equal(copy.nan_to_num(), z.nan_to_num()):
+        else:
+            with torch.autocast(self.view.device.type, dtype=self.autocast_dtype):
+                value = self.f(self.view.unflatten(z), *self.inputs)
+        if before is not None and not torch.equal(before.nan_to_num(), z.nan_to_num()):
             raise RuntimeError(_IN_PLACE)
         if version is not None and z._version != version:  # noqa: SLF001
             raise RuntimeError(_IN_PLACE)
-        return self.view.flatten(value, casts=self._autocast_dtype is not None)
+        return self.view.flatten(value, casts=self.autocast_dtype is not None)
 
     def jacobian(self, z: Tensor) -> Tensor:
         """``(B, N, N)``, from f's own ``jacobian`` if it has one, else by N vector-Jacobian products."""
@@ -63,13 +97,51 @@ class FlatMap:
                 )
             return J.to(z.dtype)
         # Samples are independent, so the sum over the batch has the rows of all Jacobians at once: (N, B, N).
-        jacobian: Tensor = torch.func.jacrev(lambda z: self(z).sum(0))(z)
+        jacobian: Tensor = torch.func.jacrev(lambda z: self._evaluate(z).sum(0))(z)
         return jacobian.movedim(1, 0)
 
+    def project(self, z: Tensor) -> Tensor:
+        return self.view.round(z) if self.view.rounds else z
+
+    def select(self, index: Tensor) -> FlatMap:
+        """The map on the samples ``index``, with their rows of the inputs.
+
+        Raises:
+            ValueError: an input is not batch first.
+        """
+
+        def rows(x: Tensor) -> Tensor:
+            if x.dim() == 0 or x.shape[0] != self.view.batch:
+                raise ValueError(
+                    f"compact=True takes rows out of the inputs of f, so all are batch first, here with "
+                    f"{self.view.batch} rows; given: an input of shape {tuple(x.shape)}. What is not per sample "
+                    "belongs into f"
+                )
+            return x.index_select(0, index)
+
+        inputs = pytree.tree_map_only(Tensor, rows, self.inputs)
+        selected = copy.copy(self)
+        selected.view, selected.inputs = self.view.resized(index.numel()), inputs
+        selected.draws = None if self.draws is None else self.draws.of_rows(index, self.view.batch)
+        return selected
+
+    def in_precision(self, dtype: torch.dtype | None) -> FlatMap:
+        """The map under autocast to ``dtype``, or without autocast."""
+        other = copy.copy(self)
+        other.autocast_dtype = dtype
+        return other
+
+    def visible(self) -> list[Tensor]:
+        """What f is seen to depend on, and requires a gradient: its inputs, and the parameters of a module."""
+        owner = getattr(self.f, "__self__", self.f)  # of a bound method
+        parameters = owner.parameters() if isinstance(owner, nn.Module) else ()
+        tensors = (x for x in pytree.tree_leaves(self.inputs) if isinstance(x, Tensor))
+        return [x for x in itertools.chain(tensors, parameters) if x.requires_grad]
+
     def _autocast(self) -> AbstractContextManager[object]:
-        if self._autocast_dtype is None:
+        if self.autocast_dtype is None:
             return nullcontext()
-        return torch.autocast(self.view.device.type, dtype=self._autocast_dtype)
+        return torch.autocast(self.view.device.type, dtype=self.autocast_dtype)
 
 
 class AdjointMap:
@@ -82,17 +154,23 @@ class AdjointMap:
     def __init__(self, z: Tensor, fz: Tensor, g: Tensor, J: Tensor | None) -> None:
         self._z = z
         self._fz = fz
-        self._g = g
+        self.offset = g
         self._J = J
 
     def __call__(self, u: Tensor) -> Tensor:
         (product,) = torch.autograd.grad(self._fz, self._z, u, retain_graph=True, allow_unused=True)
-        return self._g if product is None else product + self._g
+        return self.offset if product is None else product + self.offset
 
     def jacobian(self, u: Tensor) -> Tensor:
         if self._J is None:
             raise RuntimeError("a solver that asks for Jacobians says so: needs_jacobian = True in its class")
         return self._J.mT
+
+    def project(self, u: Tensor) -> Tensor:
+        return u
+
+    def select(self, index: Tensor) -> AdjointMap:
+        raise NotImplementedError("an adjoint solve reads one graph of all rows; its solver takes compact=False")
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:

@@ -67,6 +67,7 @@ class SolverReport:
         status: ``(B,)`` the :class:`SolverStatus` of each sample, as integers.
         evaluations: how often the solver's loop called f on the batch. What a gradient records, and what Newton's
             Jacobian takes where f has none of its own, comes on top.
+        row_evaluations: the rows of all these evaluations; ``B * evaluations``, or fewer with ``compact=True``.
         trace: ``(K, B)`` residual at evaluation k, NaN where it was not looked at; None unless asked for.
     """
 
@@ -75,6 +76,7 @@ class SolverReport:
     converged: Tensor
     status: Tensor
     evaluations: int
+    row_evaluations: int
     trace: Tensor | None = None
 
     def count(self, status: SolverStatus) -> int:
@@ -118,7 +120,7 @@ def check_on_failure(on_failure: str) -> None:
         raise ValueError(f"on_failure must be one of {', '.join(get_args(OnFailure))}; given: {on_failure!r}")
 
 
-def empty_report(device: torch.device, dtype: torch.dtype) -> SolverReport:
+def empty_report(device: torch.device, dtype: torch.dtype, *, trace: bool) -> SolverReport:
     """The report of a solve over no sample."""
     integers = torch.zeros(0, dtype=torch.int64, device=device)
     return SolverReport(
@@ -127,4 +129,6 @@ def empty_report(device: torch.device, dtype: torch.dtype) -> SolverReport:
         converged=torch.zeros(0, dtype=torch.bool, device=device),
         status=integers.clone(),
         evaluations=1,
+        row_evaluations=0,
+        trace=torch.zeros(1, 0, dtype=dtype, device=device) if trace else None,
     )

@@ -7,8 +7,9 @@ single contiguous (or channels-last) tensor that matrix is a view: nothing is co
 
 from __future__ import annotations
 
+import copy
 import itertools
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import torch
@@ -74,15 +75,32 @@ class StateView:
                     "all tensors of a state live on one device, but "
                     f"{self._leaves[0].name} is on {first.device} and {leaf.name} is on {x.device}"
                 )
-        self.batch = int(first.shape[0])
-        self.size = sum(leaf.size for leaf in self._leaves)
-        self.sizes = [leaf.size for leaf in self._leaves]
         self.device = first.device
         self.dtype = torch.float32
         for leaf in self._leaves:
             self.dtype = torch.promote_types(self.dtype, leaf.dtype)
         # A state whose own dtype is narrower than the solver's is rounded when f sees it.
         self.rounds = any(leaf.dtype != self.dtype for leaf in self._leaves)
+        self._measure()
+
+    def _measure(self) -> None:
+        self.batch = self._leaves[0].shape[0]
+        self.sizes = [leaf.size for leaf in self._leaves]
+        self.size = sum(self.sizes)
+        # One plain tensor is the common case, and has a path without pytrees.
+        only = self._leaves[0]
+        plain = len(self._leaves) == 1 and self._spec.is_leaf() and not only.channels_last and not self.rounds
+        self._plain_shape = torch.Size(only.shape) if plain else None
+
+    def resized(self, batch: int) -> StateView:
+        """The view of states with another number of samples."""
+        view = copy.copy(self)
+        view._resize(batch)  # noqa: SLF001 - of its own class
+        return view
+
+    def _resize(self, batch: int) -> None:
+        self._leaves = tuple(replace(leaf, shape=(batch, *leaf.shape[1:])) for leaf in self._leaves)
+        self._measure()
 
     def flatten(self, state: State, *, casts: bool = False) -> Tensor:
         """One state as a ``(B, N)`` tensor of ``self.dtype``.
@@ -95,6 +113,9 @@ class StateView:
             TypeError: structure or dtype differ from the example's.
             ValueError: a shape differs from the example's.
         """
+        shape = self._plain_shape
+        if shape is not None and isinstance(state, Tensor) and state.shape == shape and state.dtype == self.dtype:
+            return state.reshape(self.batch, self.size)
         found, spec = pytree.tree_flatten(state)
         if spec != self._spec:
             raise TypeError(
@@ -109,6 +130,8 @@ class StateView:
 
     def unflatten(self, flat: Tensor) -> State:
         """The state that a ``(B, N)`` tensor stands for, in the example's structure, shapes and dtypes."""
+        if self._plain_shape is not None:
+            return flat.reshape(self._plain_shape)
         if len(self._leaves) == 1:
             return pytree.tree_unflatten([self._leaves[0].unflatten(flat)], self._spec)
         starts = itertools.accumulate(self.sizes, initial=0)

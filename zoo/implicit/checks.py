@@ -1,0 +1,56 @@
+"""What is refused before a solve, with the reason."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.modules.batchnorm import _BatchNorm
+from torch.nn.modules.dropout import _DropoutNd
+from torch.utils import _pytree as pytree
+
+from .gradients import Gradient
+from .report import check_on_failure
+from .solvers import Solver
+from .state import State
+
+
+def refuse_forward_mode(*states: State) -> None:
+    """Raise for dual tensors."""
+    leaves = (x for x in pytree.tree_leaves(states) if isinstance(x, torch.Tensor))
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in leaves):
+        raise NotImplementedError(
+            "forward-mode derivatives of an equilibrium exist with UnrolledGradient() only; "
+            "an input is a dual tensor (torch.autograd.forward_ad, torch.func.jvp)"
+        )
+
+
+def refuse_changing_cells(cell: nn.Module) -> None:
+    """Raise for cells that are another function at each evaluation, or mix samples."""
+    for name, module in cell.named_modules():
+        if isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats):
+            raise ValueError(
+                f"the cell holds a {type(module).__name__} that uses batch statistics ({name or 'the cell itself'}): "
+                "samples would depend on each other, and its running statistics move at each evaluation of one solve; "
+                "use GroupNorm or LayerNorm, or put it in eval mode"
+            )
+        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+            raise ValueError(
+                f"the cell holds a {type(module).__name__} in training mode ({name or 'the cell itself'}): it draws "
+                "a new mask at each evaluation, so there is no fixed point; use zoo.implicit.VariationalDropout, "
+                "which keeps its mask for a solve"
+            )
+
+
+def check_choices(solver: Solver, gradient: Gradient, on_failure: str) -> None:
+    """Raise unless these are a solver for f, a gradient and one of the three words."""
+    if not isinstance(solver, Solver):
+        raise TypeError(f"solver= takes a solver object, like Anderson(tol=1e-4); given: {solver!r}")
+    if solver.needs_affine:
+        raise ValueError(
+            f"{type(solver).__name__} solves linear equations, so it is for adjoint solves: "
+            f"gradient=ImplicitGradient({type(solver).__name__}(...)); given: solver={solver!r}"
+        )
+    if not isinstance(gradient, Gradient):
+        raise TypeError(f"gradient= takes a gradient object, like ImplicitGradient(); given: {gradient!r}")
+    check_on_failure(on_failure)
