@@ -197,6 +197,19 @@ def plot(data: Data, file: Path) -> None:
     ):
         if name in data:
             draw(axis, data[name])
+    entries = {
+        label: handle
+        for axis in axes.flat
+        for handle, label in zip(*axis.get_legend_handles_labels(), strict=True)
+        if label in _COLOURS
+    }
+    figure.legend(
+        [entries[s] for s in _COLOURS if s in entries],
+        [s for s in _COLOURS if s in entries],
+        loc="outside upper center",
+        ncols=len(_COLOURS),
+        frameon=False,
+    )
     for axis in axes.flat:
         axis.spines[["top", "right"]].set_visible(False)
         axis.set_visible(axis.has_data())
@@ -208,7 +221,6 @@ def _plot_traces(axis: Any, name: str, solvers: Data) -> None:
         axis.semilogy(range(1, len(residuals) + 1), residuals, color=_COLOURS[solver], label=solver, **_line(solver))
     axis.set(title=f"{name}: worst relative residual", xlabel="evaluations of f", xlim=(0, 200), ylim=(3e-9, 2))
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
 
 
 def _plot_overhead(axis: Any, found: Data) -> None:
@@ -221,7 +233,6 @@ def _plot_overhead(axis: Any, found: Data) -> None:
     axis.axhline(1, color="black", linewidth=0.8)
     axis.set_xticks([k + 0.4 for k in range(len(found))], [name.replace(", ", "\n") for name in found])
     axis.set(title="time of 30 steps / time of their evaluations", yscale="log")
-    axis.legend(fontsize=8)
 
 
 def _plot_gradient(axis: Any, found: Data) -> None:
@@ -252,7 +263,6 @@ def _plot_memory(axis: Any, found: Data) -> None:
     axis.set_xticks(found["steps"], found["steps"], minor=False)
     axis.minorticks_off()
     axis.grid(alpha=0.3)
-    axis.legend(fontsize=8)
 
 
 def _line(solver: str) -> Data:

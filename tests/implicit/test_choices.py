@@ -68,7 +68,7 @@ def test_gradients_survive_the_round_trip_through_json(gradient: Gradient) -> No
     assert from_description(json.loads(json.dumps(describe(gradient))), Gradient) == gradient
 
 
-@pytest.mark.parametrize("solver", ADJOINT_SOLVERS.values(), ids=SOLVERS)
+@pytest.mark.parametrize("solver", ADJOINT_SOLVERS.values(), ids=ADJOINT_SOLVERS)
 def test_the_solvers_of_the_table(solver: Solver) -> None:
     assert from_description(describe(solver), Solver) == solver
     assert from_description(type(solver).__name__, Solver) == type(solver)()
