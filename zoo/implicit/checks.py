@@ -2,27 +2,13 @@
 
 from __future__ import annotations
 
-import torch
 from torch import nn
-from torch.autograd import forward_ad
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
-from torch.utils import _pytree as pytree
 
 from .gradients import Gradient
 from .report import check_on_failure
 from .solvers import Solver
-from .state import State
-
-
-def refuse_forward_mode(*states: State) -> None:
-    """Raise for dual tensors."""
-    leaves = (x for x in pytree.tree_leaves(states) if isinstance(x, torch.Tensor))
-    if any(forward_ad.unpack_dual(x).tangent is not None for x in leaves):
-        raise NotImplementedError(
-            "forward-mode derivatives of an equilibrium exist with UnrolledGradient() only; "
-            "an input is a dual tensor (torch.autograd.forward_ad, torch.func.jvp)"
-        )
 
 
 def refuse_changing_cells(cell: nn.Module) -> None:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from .checks import check_choices, refuse_changing_cells, refuse_forward_mode
+from .checks import check_choices, refuse_changing_cells
 from .dropout import one_draw
 from .gradients import Gradient, ImplicitGradient, OnAdjoint
 from .maps import FlatMap, autocast_dtype, full_precision
@@ -19,6 +19,7 @@ from .solvers import Anderson, Solver
 from .stages import solve_in_slices, solve_in_stages
 from .state import State, StateView
 from .trajectory import Trajectory
+from .transforms import refuse_transforms
 
 
 class Cell(Protocol):
@@ -106,8 +107,7 @@ def fixed_point(
     solver = Anderson() if solver is None else solver
     gradient = ImplicitGradient() if gradient is None else gradient
     check_choices(solver, gradient, on_failure)
-    if not gradient.through_solver:
-        refuse_forward_mode(z0, inputs)
+    refuse_transforms(z0, inputs, unrolled=gradient.through_solver and trajectory is None)
     if trajectory is not None and not isinstance(trajectory, Trajectory):
         trajectory = Trajectory(trajectory)
     if trajectory is not None and max(trajectory.steps) > solver.max_steps:

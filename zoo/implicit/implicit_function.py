@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from .maps import AdjointMap, full_precision
+from .transforms import check_transform, current_transform, new_leaf
 
 SolveAdjoint = Callable[[AdjointMap], Tensor]
 """u with u = J^T u + g for a map whose ``offset`` is g, from u = g."""
@@ -44,13 +45,12 @@ def attach_implicit(
         ``(B, N)``, the values of ``w``; ``w`` itself if F depends on nothing that requires a gradient.
     """
     with torch.enable_grad():
-        w_in = w.detach().requires_grad_()
+        w_in = new_leaf(w)
         fw = F(w_in, _itself)
+    transform = current_transform()
     depends = _dependence(fw, w_in, visible)
     if not (depends.used or depends.hidden):
         return w
-    # The backward pass through fw reaches w_in too; nobody reads what is left there.
-    w_in.register_post_accumulate_grad_hook(_drop_grad)
 
     def solve_for(fw: Tensor, w: Tensor, g: Tensor) -> Tensor:
         with torch.no_grad(), full_precision(g.device):
@@ -63,10 +63,12 @@ def attach_implicit(
             return torch.where(finite, u, torch.nan)
 
     def first(g: Tensor) -> Tensor:
+        check_transform(transform)
         u = solve_for(fw, w_in, g)
         return _RefuseSecondDerivative.apply(u, fw, g) if torch.is_grad_enabled() else u
 
     def again(w: Tensor, g: Tensor) -> Sequence[Tensor | None]:
+        check_transform(transform)
         gates = _Gates([w, *depends.used])
         with torch.enable_grad():
             fw_again = F(gates(w), gates)
@@ -106,20 +108,20 @@ class _Attach(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any,
         fw: Tensor,
         w: Tensor,
         first: Callable[[Tensor], Tensor] | None,
         again: Callable[[Tensor, Tensor], Sequence[Tensor | None]] | None,
         *visible: Tensor,
     ) -> Tensor:
-        ctx.first = first
-        ctx.again = again
+        return w.clone()
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        _, _, ctx.first, ctx.again, *visible = inputs
         ctx.count = len(visible)
         ctx.set_materialize_grads(False)
-        attached = w.clone()
-        ctx.save_for_backward(attached)
-        return attached
+        ctx.save_for_backward(output)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, ...]:
@@ -162,10 +164,13 @@ class _Passage:
 
 class _Gate(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, x: Tensor, passage: _Passage) -> Tensor:
-        ctx.passage = passage
-        ctx.set_materialize_grads(False)
+    def forward(x: Tensor, passage: _Passage) -> Tensor:
         return x.view_as(x)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        ctx.passage = inputs[1]
+        ctx.set_materialize_grads(False)
 
     @staticmethod
     def backward(ctx: Any, g: Tensor | None) -> tuple[Tensor | None, None]:
@@ -179,8 +184,12 @@ class _RefuseSecondDerivative(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, u: Tensor, fw: Tensor, g: Tensor) -> Tensor:
+    def forward(u: Tensor, fw: Tensor, g: Tensor) -> Tensor:
         return u.view_as(u)
+
+    @staticmethod
+    def setup_context(ctx: Any, inputs: tuple[Any, ...], output: Tensor) -> None:
+        pass
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> Tensor:
@@ -242,7 +251,3 @@ def _check_same(fw: Tensor, again: Tensor) -> None:
 
 def _itself(x: Tensor) -> Tensor:
     return x
-
-
-def _drop_grad(leaf: Tensor) -> None:
-    leaf.grad = None
