@@ -96,7 +96,8 @@ def residual_trace(contestant: Contestant, problem: Problem, tol: float, max_ste
 
     def f(z: Tensor, *inputs: Tensor) -> Tensor:
         fz: Tensor = problem.f(z, *inputs)
-        lowest.copy_(torch.minimum(lowest, _rows(fz - z) / _rows(fz)))
+        with torch.no_grad():
+            lowest.copy_(torch.minimum(lowest, _rows(fz - z) / _rows(fz)))
         trace.append(float(lowest.max()))
         return fz
 

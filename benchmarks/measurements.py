@@ -38,6 +38,7 @@ class Plan:
     overhead_steps: int = 30
     gradients: Sequence[str] = ("tanh", "symmetric", "outliers", "conv")
     errors: Sequence[float] = (1e-2, 1e-3)
+    peers: Sequence[Contestant] = c.TORCHDEQ  # whose pairs are tried
     memory_steps: Sequence[int] = (10, 20, 40, 80, 160)
     mixed_tolerances: Sequence[float] = (1e-3, 1e-5)
     compact_shape: tuple[int, int] = (256, 400)
@@ -54,6 +55,7 @@ QUICK = Plan(
     overhead=(("tanh 100", torch.float64),),
     gradients=("tanh",),
     errors=(1e-2,),
+    peers=(c.T_ITERATION, c.T_ANDERSON),
     memory_steps=(10, 20),
     compact_shape=(64, 100),
     rounds=3,
@@ -158,7 +160,7 @@ def gradients(plan: Plan) -> Data:
             return [loosest_settings(problem, a, b, reference, plan.errors, steps) for a, b in pairs]  # noqa: B023
 
         zoo = settings([(c.ANDERSON, c.ANDERSON), (c.ANDERSON, Zoo("zoo bicgstab", BiCGSTAB()))])
-        torchdeq = settings((a, b) for a in c.TORCHDEQ for b in c.TORCHDEQ)
+        torchdeq = settings((a, b) for a in plan.peers for b in plan.peers)
         for level in plan.errors:
             ours = [s[level] for s in zoo if level in s]
             theirs = [s[level] for s in torchdeq if level in s]
@@ -286,8 +288,12 @@ def _evaluating(problem: p.Problem, steps: int) -> Callable[[], None]:
 
 def plain(plan: Plan) -> Data:
     """The plan as JSON can hold it."""
-    return {
-        item.name: [str(x) if isinstance(x, tuple) else x for x in value] if isinstance(value, tuple) else value
-        for item in dataclasses.fields(plan)
-        for value in [getattr(plan, item.name)]
-    }
+
+    def plain_value(value: object) -> object:
+        if isinstance(value, tuple):
+            return [plain_value(item) for item in value]
+        if isinstance(value, Contestant):
+            return value.name
+        return value if isinstance(value, str | int | float) else str(value)
+
+    return {item.name: plain_value(getattr(plan, item.name)) for item in dataclasses.fields(plan)}

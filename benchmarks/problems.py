@@ -158,7 +158,8 @@ class ConvClassifier(nn.Module):
         self.cell = ConvCell(self.channels)
         self.head = nn.Linear(self.channels * 9, 10)
         with torch.no_grad():
-            self.cell.conv2.weight *= 0.2  # so that training starts from a contraction
+            self.cell.conv2.weight *= 0.2  # training starts from a contraction, and x weighs enough to keep it one
+            self.encoder.weight *= 4
 
     def encode(self, image: Tensor) -> Tensor:
         """The input x ``(B, 32, 12, 12)`` of the cell; the image is enlarged first."""
@@ -246,7 +247,7 @@ OUTLIERS = TanhRecipe("outliers", outliers, 200, 32, radius=0.98, gain=0.994, sp
 def conv_model() -> tuple[ConvClassifier, Tensor, Tensor]:
     """The trained model in float64, and 16 test digits ``(16, 1, 8, 8)`` with their labels.
 
-    ``benchmarks.train_conv`` made it: 93 % of the test set right, spectral radii of these digits from 0.82 to 0.94.
+    ``benchmarks.train_conv`` made it: 93 % of the test set right, spectral radii of these digits from 0.71 to 0.88.
     """
     tensors = load_file(CONV_WEIGHTS)
     images, labels = tensors.pop("images"), tensors.pop("labels")
