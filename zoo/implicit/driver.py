@@ -207,6 +207,6 @@ def _residual(z: Tensor, fz: Tensor, solver: Solver, scale: Tensor | None) -> tu
         return distance, distance
     if scale is None:
         scale = torch.linalg.vector_norm(fz, dim=1)
-    # Where f(z) is about 0 the quotient would overflow, and only f itself may say that it is not finite.
-    tiny = torch.finfo(distance.dtype).tiny
-    return distance, distance / torch.maximum(scale, distance * tiny).clamp_min(tiny)
+    # Where f(z) is about 0 the quotient overflows, and only f itself may say that it is not finite.
+    limits = torch.finfo(distance.dtype)
+    return distance, (distance / scale.clamp_min(limits.tiny)).clamp_max(limits.max)

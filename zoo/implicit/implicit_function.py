@@ -46,9 +46,10 @@ def attach_implicit(
     """
     with torch.enable_grad():
         w_in = new_leaf(w)
-        fw = F(w_in, _itself)
+        gates = _Gates(visible)
+        fw = F(w_in, gates)
     transform = current_transform()
-    depends = _dependence(fw, w_in, visible)
+    depends = _dependence(fw, w_in, visible, gates)
     if not (depends.used or depends.hidden):
         return w
 
@@ -73,6 +74,12 @@ def attach_implicit(
         with torch.enable_grad():
             fw_again = F(gates(w), gates)
         _check_same(fw, fw_again)
+        if _dependence(fw_again, w, depends.used, gates).differs_from(depends):
+            raise RuntimeError(
+                "the second derivative of an equilibrium evaluates f again in the backward pass, and f depended on "
+                "other tensors than before: its parameters were replaced in between (as torch.func.functional_call "
+                "does when it returns). Pass them to f as inputs, and call functional_call in f"
+            )
 
         def adjoint(u: Tensor, replace: Replace) -> Tensor:  # u -> J^T u + g, with a graph
             w_here = replace(w)
@@ -204,14 +211,21 @@ class _Dependence(NamedTuple):
     used: list[Tensor]  # what F was seen to depend on
     hidden: bool  # whether it depends on anything else
 
+    def differs_from(self, other: _Dependence) -> bool:
+        return {id(x) for x in self.used} != {id(x) for x in other.used} or self.hidden != other.hidden
 
-def _dependence(output: Tensor, leaf: Tensor, visible: Sequence[Tensor]) -> _Dependence:
-    """What the graph of ``output`` ends in, besides ``leaf``."""
+
+def _dependence(output: Tensor, w: Tensor, visible: Sequence[Tensor], gates: _Gates) -> _Dependence:
+    """What the graph of ``output`` ends in, besides ``w``.
+
+    It reaches what is visible and not a leaf by its gate. Whoever comes by another way, as a closure does over what
+    was computed from an input, is followed to the leaves.
+    """
     if output.is_leaf:
         seen_directly = [x for x in visible if x is output]
-        return _Dependence(seen_directly, output.requires_grad and output is not leaf and not seen_directly)
+        return _Dependence(seen_directly, output.requires_grad and output is not w and not seen_directly)
     leaves = {id(x): x for x in visible if x.is_leaf}
-    inner = {(x.grad_fn, x.output_nr): x for x in visible if not x.is_leaf}
+    inner = {(gates(x).grad_fn, gates(x).output_nr): x for x in (w, *visible) if not x.is_leaf}
     used: dict[int, Tensor] = {}
     hidden = False
     stack: list[tuple[Any, int]] = [(output.grad_fn, output.output_nr)]
@@ -219,11 +233,12 @@ def _dependence(output: Tensor, leaf: Tensor, visible: Sequence[Tensor]) -> _Dep
     while stack:
         edge = stack.pop()
         if edge in inner:
-            used[id(inner[edge])] = inner[edge]
+            if inner[edge] is not w:
+                used[id(inner[edge])] = inner[edge]
             continue
         node = edge[0]
         variable = getattr(node, "variable", None)  # only AccumulateGrad nodes have one
-        if variable is not None and variable is not leaf:
+        if variable is not None and variable is not w:
             if id(variable) in leaves:
                 used[id(variable)] = variable
             else:
@@ -247,7 +262,3 @@ def _check_same(fw: Tensor, again: Tensor) -> None:
                 "changed in between, or f is random. Differentiate before the weights are changed; use "
                 "VariationalDropout for dropout"
             )
-
-
-def _itself(x: Tensor) -> Tensor:
-    return x

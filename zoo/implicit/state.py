@@ -115,7 +115,7 @@ class StateView:
         """
         shape = self._plain_shape
         if shape is not None and isinstance(state, Tensor) and state.shape == shape and state.dtype == self.dtype:
-            return state.reshape(self.batch, self.size)
+            return state if len(shape) == 2 else state.reshape(self.batch, self.size)
         found, spec = pytree.tree_flatten(state)
         if spec != self._spec:
             raise TypeError(
@@ -131,7 +131,7 @@ class StateView:
     def unflatten(self, flat: Tensor) -> State:
         """The state that a ``(B, N)`` tensor stands for, in the example's structure, shapes and dtypes."""
         if self._plain_shape is not None:
-            return flat.reshape(self._plain_shape)
+            return flat if len(self._plain_shape) == 2 else flat.reshape(self._plain_shape)
         if len(self._leaves) == 1:
             return pytree.tree_unflatten([self._leaves[0].unflatten(flat)], self._spec)
         starts = itertools.accumulate(self.sizes, initial=0)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, ClassVar, NamedTuple, cast
+from typing import ClassVar, NamedTuple, cast
 
 import torch
 from torch import Tensor
@@ -60,20 +60,19 @@ class GMRES(Solver):
         )
 
     def step(self, f: Map, k: int, z: Tensor, fz: Tensor, memory: Memory) -> tuple[Tensor, Memory]:
-        if memory.size < 0:
-            memory = self._start(z, fz - z, memory)
-        else:
-            memory = self._extend(cast(AffineMap, f).offset, fz, memory)
+        g = cast(AffineMap, f).offset
+        target = self._target(g)
+        memory = self._start(z, fz - z, memory) if memory.size < 0 else self._extend(g, fz, memory, target)
         full = memory.size == memory.H.shape[2] or k + 1 == self.max_steps
-        if full or not (memory.estimate > self._target(f)).any():
+        if full or not (memory.estimate > target).any():
             return self._iterate(memory), memory._replace(size=-1)
         return memory.V[:, memory.size], memory
 
-    def _target(self, f: Map) -> Any:
-        """What the estimate is to reach; a little less than ``tol``, since it is an estimate."""
-        if self.norm == "absolute":
-            return 0.99 * self.tol
-        return 0.99 * self.tol * torch.linalg.vector_norm(cast(AffineMap, f).offset, dim=1)
+    def _target(self, g: Tensor) -> Tensor:
+        """``(B,)`` what the estimate is to reach: a little less than ``tol``, being one, and at least rounding."""
+        size = torch.linalg.vector_norm(g, dim=1)
+        tol = torch.full_like(size, self.tol) if self.norm == "absolute" else self.tol * size
+        return torch.maximum(0.99 * tol, torch.finfo(g.dtype).eps * size)
 
     def _start(self, x: Tensor, r: Tensor, memory: Memory) -> Memory:
         estimate = torch.linalg.vector_norm(r, dim=1)
@@ -81,8 +80,12 @@ class GMRES(Solver):
         memory.left.zero_()[:, 0] = 1
         return memory._replace(x=x, estimate=estimate, size=0)
 
-    def _extend(self, g: Tensor, fv: Tensor, memory: Memory) -> Memory:
-        """One step of Arnoldi's process, with f(v) = A v + g at the last basis vector v."""
+    def _extend(self, g: Tensor, fv: Tensor, memory: Memory, target: Tensor) -> Memory:
+        """One step of Arnoldi's process, with f(v) = A v + g at the last basis vector v.
+
+        Samples within tolerance get a vector of zeros, with which nothing of them changes in the rest of the cycle:
+        what came after an exhausted Krylov space would be made of rounding.
+        """
         _, V, H, left, estimate, j = memory
         w = V[:, j] - (fv - g)
         size = torch.linalg.vector_norm(w, dim=1)
@@ -96,12 +99,13 @@ class GMRES(Solver):
         length = torch.linalg.vector_norm(w, dim=1).clamp_min(rounding)
         H[:, : j + 1, j] = h
         H[:, j + 1, j] = length
-        V[:, j + 1] = w / length.unsqueeze(1)
         entry = -(left[:, : j + 1] * h).sum(dim=1) / length
         growth = torch.hypot(entry, torch.ones_like(entry))
         left[:, j + 1] = entry
         left[:, : j + 2] /= growth.unsqueeze(1)
-        return memory._replace(estimate=estimate / growth, size=j + 1)
+        estimate = estimate / growth
+        V[:, j + 1] = torch.where((estimate > target).unsqueeze(1), w / length.unsqueeze(1), 0)
+        return memory._replace(estimate=estimate, size=j + 1)
 
     def _iterate(self, memory: Memory) -> Tensor:
         """The iterate x + V^T y with the y that minimises the residual."""
