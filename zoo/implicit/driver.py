@@ -186,14 +186,16 @@ class _Solve:
     def _report(self, rows: _Rows, evaluations: int) -> SolverReport:
         # A relative residual falls also when z merely runs away; the distance tells.
         diverged = ~rows.improved | (rows.distance > rows.start_distance)
-        unsolved = torch.where(diverged & (evaluations > 1), SolverStatus.DIVERGED, SolverStatus.MAX_STEPS)
-        status = torch.where(rows.failed, SolverStatus.NON_FINITE, unsolved)
+        status = torch.full_like(rows.steps, SolverStatus.MAX_STEPS)
+        if evaluations > 1:
+            status.masked_fill_(diverged, SolverStatus.DIVERGED)
+        status.masked_fill_(rows.failed, SolverStatus.NON_FINITE).masked_fill_(rows.converged, SolverStatus.CONVERGED)
         never_finite = rows.residual == torch.finfo(rows.residual.dtype).max
         return SolverReport(
-            residual=torch.where(never_finite, torch.inf, rows.residual),
+            residual=rows.residual.masked_fill(never_finite, torch.inf),
             steps=rows.steps,
             converged=rows.converged,
-            status=torch.where(rows.converged, SolverStatus.CONVERGED, status),
+            status=status,
             evaluations=evaluations,
             row_evaluations=self.row_evaluations,
             trace=None if self.trace is None else torch.stack(self.trace),

@@ -19,7 +19,9 @@ from .solvers import Anderson, Solver
 from .stages import solve_in_slices, solve_in_stages
 from .state import State, StateView
 from .trajectory import Trajectory
-from .transforms import refuse_transforms
+from .transforms import in_dual_level, refuse_dual, refuse_transforms
+
+_SOLVER, _GRADIENT = Anderson(), ImplicitGradient()
 
 
 class Cell(Protocol):
@@ -104,8 +106,8 @@ def fixed_point(
         NotImplementedError: an input carries a forward-mode derivative, and the gradient is not ``UnrolledGradient``.
         ConvergenceError: if ``on_failure="raise"``.
     """
-    solver = Anderson() if solver is None else solver
-    gradient = ImplicitGradient() if gradient is None else gradient
+    solver = _SOLVER if solver is None else solver
+    gradient = _GRADIENT if gradient is None else gradient
     check_choices(solver, gradient, on_failure)
     refuse_transforms(z0, inputs, unrolled=gradient.through_solver and trajectory is None)
     if trajectory is not None and not isinstance(trajectory, Trajectory):
@@ -151,6 +153,8 @@ def fixed_point(
                 keep = () if trajectory is None else trajectory.steps
                 z, report, kept = solve_in_stages(flat_map, start, solver, trace=trace, keep=keep)
                 states = [] if trajectory is None else [attached(kept[k], trajectory.gradient) for k in keep]
+            if in_dual_level() and not gradient.through_solver:
+                refuse_dual(flat_map(z))  # f may hold a dual tensor
         act_on_failure(report, on_failure, f"the fixed-point solve with {solver}")
         z = attached(z, gradient)
     if trajectory is None:

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .maps import AdjointMap, full_precision
-from .transforms import check_transform, current_transform, new_leaf
+from .transforms import batched_cotangents_explained, check_transform, current_transform, new_leaf
 
 SolveAdjoint = Callable[[AdjointMap], Tensor]
 """u with u = J^T u + g for a map whose ``offset`` is g, from u = g."""
@@ -54,7 +54,7 @@ def attach_implicit(
         return w
 
     def solve_for(fw: Tensor, w: Tensor, g: Tensor) -> Tensor:
-        with torch.no_grad(), full_precision(g.device):
+        with torch.no_grad(), full_precision(g.device), batched_cotangents_explained():
             # u is linear in g, so solve for a g of size 1: the squares of a tiny one would underflow. A g that is not
             # finite (a scaled loss overflowed) goes on as it is, and is no failure of the solve.
             peak = g.abs().amax(dim=1, keepdim=True) if g.numel() else g[:, :1]
@@ -243,7 +243,10 @@ def _dependence(output: Tensor, w: Tensor, visible: Sequence[Tensor], gates: _Ga
                 used[id(variable)] = variable
             else:
                 hidden = True
-        for upstream in node.next_functions:
+        upstreams = node.next_functions
+        if isinstance(node, _Attach._backward_cls) and node.again is not None:  # noqa: SLF001
+            upstreams = upstreams[1:]  # an equilibrium within F: what its own fw depends on is listed after it
+        for upstream in upstreams:
             if upstream[0] is not None and upstream not in seen:
                 seen.add(upstream)
                 stack.append(upstream)

@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
@@ -51,19 +52,37 @@ class FlatMap:
         self.recompute = recompute
         self.autocast_dtype = autocast_dtype(view.device)
         self.draws = current_draws()
+        owner = getattr(f, "__self__", f)  # of a bound method
+        self.owner = owner if isinstance(owner, nn.Module) else None
+        self.parameters: dict[str, Tensor] = {}
+        if self.owner is not None and torch.is_grad_enabled():
+            self.parameters.update(self.owner.named_parameters())
         self._calls = 0
 
     def __call__(self, z: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            value: Tensor = checkpoint(self._evaluate, z, use_reentrant=False)
+            value: Tensor = checkpoint(self._evaluate_again, z, use_reentrant=False)
             return value
         return self._evaluate(z)
 
     def with_inputs(self, z: Tensor, replace: Callable[[Tensor], Tensor]) -> Tensor:
-        """f(z) with other tensors in place of the inputs."""
+        """f(z) with other tensors in place of the inputs and of the parameters."""
         other = copy.copy(self)
         other.inputs = pytree.tree_map_only(Tensor, replace, self.inputs)
-        return other(z)
+        other.parameters = {name: replace(p) for name, p in self.parameters.items()}
+        return other(z) if self.recompute else other._evaluate_again(z)  # noqa: SLF001 - of its own class
+
+    def _evaluate_again(self, z: Tensor) -> Tensor:
+        """f(z) with the parameters of this object, which by now may not be those that f has.
+
+        ``torch.func.functional_call`` takes its parameters away from a module before the backward pass.
+        """
+        if self.owner is None:
+            return self._evaluate(z)
+        present = dict(self.owner.named_parameters())
+        others = {name: p for name, p in self.parameters.items() if present.get(name) is not p}
+        with _reparametrize_module(self.owner, others) if others else nullcontext():
+            return self._evaluate(z)
 
     def _evaluate(self, z: Tensor) -> Tensor:
         if self.draws is not current_draws():  # rows have left, or the backward pass evaluates again
@@ -133,10 +152,8 @@ class FlatMap:
 
     def visible(self) -> list[Tensor]:
         """What f is seen to depend on, and requires a gradient: its inputs, and the parameters of a module."""
-        owner = getattr(self.f, "__self__", self.f)  # of a bound method
-        parameters = owner.parameters() if isinstance(owner, nn.Module) else ()
         tensors = (x for x in pytree.tree_leaves(self.inputs) if isinstance(x, Tensor))
-        return [x for x in itertools.chain(tensors, parameters) if x.requires_grad]
+        return [x for x in itertools.chain(tensors, self.parameters.values()) if x.requires_grad]
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.autocast_dtype is None:

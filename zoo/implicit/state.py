@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -19,6 +20,7 @@ from torch.utils import _pytree as pytree
 State = Any
 """A tensor, or a nested tuple, list or dict of tensors, batch first."""
 
+_ONE_TENSOR = pytree.tree_structure(0)
 _CHANNELS_LAST = {4: torch.channels_last, 5: torch.channels_last_3d}
 
 
@@ -59,7 +61,10 @@ class StateView:
     """
 
     def __init__(self, example: State) -> None:
-        paths, self._spec = pytree.tree_flatten_with_path(example)
+        self._spec = _ONE_TENSOR
+        paths: Sequence[tuple[Any, Any]] = [((), example)]
+        if not isinstance(example, Tensor):
+            paths, self._spec = pytree.tree_flatten_with_path(example)
         if not paths:
             raise TypeError("the state holds no tensor; give a tensor, or a nested tuple, list or dict of tensors")
         self._leaves = tuple(_leaf(f"state{pytree.keystr(path)}", x) for path, x in paths)

@@ -6,6 +6,9 @@ transforms are active, so the private one is used, here only.
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
+
 import torch
 from torch import Tensor
 from torch._functorch.eager_transforms import enable_inplace_requires_grad
@@ -15,6 +18,11 @@ from torch.utils import _pytree as pytree
 from .state import State
 
 _functorch = torch._C._functorch  # noqa: SLF001
+
+_FORWARD_MODE = (
+    "forward-mode derivatives of an equilibrium exist with UnrolledGradient() only; an input, or what f holds, is a dual "
+    "tensor (torch.autograd.forward_ad, torch.func.jvp)"
+)
 
 
 def refuse_transforms(*states: State, unrolled: bool) -> None:
@@ -27,22 +35,51 @@ def refuse_transforms(*states: State, unrolled: bool) -> None:
     if _functorch.TransformType.Vmap in kinds:
         raise NotImplementedError(
             "torch.func.vmap (or jacrev, jacfwd or hessian) over a solve: each sample stops by itself, which vmap "
-            "cannot follow. Rows of a batch are solved independently anyway: make the mapped dimension part of the batch. "
-            "For Jacobians and Hessians use torch.autograd.functional"
+            "cannot follow. Rows of a batch are solved independently anyway: make the mapped dimension part of the "
+            "batch. For Jacobians and Hessians use torch.autograd.functional"
         )
     if unrolled:
         return
-    leaves = (x for x in pytree.tree_leaves(states) if isinstance(x, Tensor))
-    if _functorch.TransformType.Jvp in kinds or any(forward_ad.unpack_dual(x).tangent is not None for x in leaves):
-        raise NotImplementedError(
-            "forward-mode derivatives of an equilibrium exist with UnrolledGradient() only; "
-            "an input is a dual tensor (torch.autograd.forward_ad, torch.func.jvp)"
-        )
+    if _functorch.TransformType.Jvp in kinds:
+        raise NotImplementedError(_FORWARD_MODE)
+    refuse_dual(states)
     if kinds.count(_functorch.TransformType.Grad) > 1:
         raise NotImplementedError(
             "nested torch.func.grad of an equilibrium: use torch.autograd.grad(create_graph=True), which it supports "
             "to any order, or UnrolledGradient()"
         )
+
+
+def in_dual_level() -> bool:
+    """Whether there may be dual tensors."""
+    return bool(forward_ad._current_level >= 0)  # noqa: SLF001
+
+
+def refuse_dual(states: State) -> None:
+    """Raise for dual tensors.
+
+    Raises:
+        NotImplementedError: there is one among ``states``.
+    """
+    if not in_dual_level():
+        return
+    leaves = (x for x in pytree.tree_leaves(states) if isinstance(x, Tensor))
+    if any(forward_ad.unpack_dual(x).tangent is not None for x in leaves):
+        raise NotImplementedError(_FORWARD_MODE)
+
+
+@contextmanager
+def batched_cotangents_explained() -> Iterator[None]:
+    """What torch says about several cotangents at once, in terms of the remedy."""
+    try:
+        yield
+    except RuntimeError as error:
+        if "Batching rule" not in str(error):
+            raise
+        raise NotImplementedError(
+            "the adjoint of an equilibrium takes one cotangent a solve: torch.autograd.grad(is_grads_batched=False), "
+            "torch.autograd.functional.jacobian(vectorize=False); or NeumannGradient(), which takes several"
+        ) from error
 
 
 def current_transform() -> tuple[int, object] | None:
