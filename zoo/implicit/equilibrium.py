@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import fields, replace
 from typing import Any, Protocol, cast, overload
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
 from .checks import check_choices, refuse_changing_cells
 from .dropout import one_draw
@@ -19,7 +21,7 @@ from .solvers import Anderson, Solver
 from .stages import solve_in_slices, solve_in_stages
 from .state import State, StateView
 from .trajectory import Trajectory
-from .transforms import in_dual_level, refuse_dual, refuse_transforms
+from .transforms import current_transform, in_dual_level, refuse_dual, refuse_transforms, unwrapped
 
 _SOLVER, _GRADIENT = Anderson(), ImplicitGradient()
 
@@ -235,14 +237,14 @@ class DEQ(nn.Module):
             recompute=self.recompute,
             on_adjoint=self._keep_adjoint_report,
         )
-        self.report = result[1]
+        self.report = _to_keep(result[1])
         return cast(tuple[State, SolverReport], result)
 
     def extra_repr(self) -> str:
         return f"solver={self.solver}, gradient={self.gradient}"
 
     def _keep_adjoint_report(self, report: SolverReport) -> None:
-        self.adjoint_report = report
+        self.adjoint_report = _to_keep(report)
 
 
 @contextmanager
@@ -273,3 +275,11 @@ def _forget_weights_without_graph() -> None:
     cache = parametrize._cache  # noqa: SLF001 - torch has no public way to empty it
     for key in [key for key, weight in cache.items() if weight is not None and not weight.requires_grad]:
         del cache[key]
+
+
+def _to_keep(report: SolverReport) -> SolverReport:
+    """``report`` without what a transform of torch.func, where one is active, wraps its tensors in."""
+    if current_transform() is None:
+        return report
+    values = {item.name: getattr(report, item.name) for item in fields(report)}
+    return replace(report, **pytree.tree_map_only(Tensor, unwrapped, values))

@@ -20,8 +20,8 @@ from .state import State
 _functorch = torch._C._functorch  # noqa: SLF001
 
 _FORWARD_MODE = (
-    "forward-mode derivatives of an equilibrium exist with UnrolledGradient() only; an input, or what f holds, is a dual "
-    "tensor (torch.autograd.forward_ad, torch.func.jvp)"
+    "forward-mode derivatives of an equilibrium exist with UnrolledGradient() only; an input, or what f holds, is a "
+    "dual tensor (torch.autograd.forward_ad, torch.func.jvp)"
 )
 
 
@@ -100,6 +100,13 @@ def check_transform(before: tuple[int, object] | None) -> None:
             "vjp, jacrev, hessian and nested grads use torch.autograd.grad(create_graph=True) or "
             "torch.autograd.functional, which it supports to any order, or UnrolledGradient()"
         )
+
+
+def unwrapped(x: Tensor) -> Tensor:
+    """``x`` as it was before the transforms, whose wrappers can be neither copied nor pickled."""
+    while _functorch.is_functorch_wrapped_tensor(x):
+        x = _functorch.get_unwrapped(x)
+    return x
 
 
 def new_leaf(w: Tensor) -> Tensor:
