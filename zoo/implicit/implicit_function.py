@@ -244,7 +244,7 @@ def _dependence(output: Tensor, w: Tensor, visible: Sequence[Tensor], gates: _Ga
             else:
                 hidden = True
         upstreams = node.next_functions
-        if isinstance(node, _Attach._backward_cls) and node.again is not None:  # noqa: SLF001
+        if isinstance(node, _Attach._backward_cls) and getattr(node, "again", None):  # noqa: SLF001
             upstreams = upstreams[1:]  # an equilibrium within F: what its own fw depends on is listed after it
         for upstream in upstreams:
             if upstream[0] is not None and upstream not in seen:
