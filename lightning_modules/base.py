@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from zoo.implicit import DEQ, Gradient, Solver, jacobian_penalty
+from zoo.implicit import DEQ, Gradient, Solver, jacobian_penalty, one_draw, spectral_radius
 from zoo.registry import plain
 
 
@@ -147,11 +147,30 @@ class EquilibriumModule(pl.LightningModule):
         wanted = stage == "train" and self.jacobian_weight > 0
         if not wanted or float(torch.rand(())) >= self.jacobian_frequency:
             return self.model(image), image.new_zeros(())
-        with self._calls_recorded() as calls:
+        with one_draw(), self._calls_recorded() as calls:  # the penalty under the dropout masks of the solve
             output = self.model(image)
-        penalty = torch.stack([jacobian_penalty(deq.cell, z, *inputs).mean() for deq, inputs, z in calls]).sum()
+            penalty = torch.stack([jacobian_penalty(deq.cell, z, *inputs).mean() for deq, inputs, z in calls]).sum()
         self.log(f"{stage}/jacobian", penalty.detach())
         return output, self.jacobian_weight * penalty
+
+    # --- diagnostics
+
+    def observed(self, image: Tensor, stage: str, batch_index: int) -> Any:
+        """The model's output. At the first batch of a stage the spectral radius of df/dz at z* is logged.
+
+        That is the mean over the batch and over the calls of a layer: below 1 plain iteration converges there.
+        """
+        if batch_index > 0:
+            return self.model(image)
+        with self._calls_recorded() as calls:
+            output = self.model(image)
+        for name, layer in self.equilibria().items():
+            start = torch.Generator().manual_seed(0)  # leaves the global stream alone
+            found = [spectral_radius(deq.cell, z, *x, generator=start) for deq, x, z in calls if deq is layer]
+            if found:
+                key = f"{stage}/{name}spectral_radius"
+                self.log(key, torch.stack(found).float().mean(), on_epoch=True, batch_size=1, sync_dist=True)
+        return output
 
     @contextmanager
     def _calls_recorded(self) -> Iterator[list[tuple[DEQ, tuple[Any, ...], Any]]]:

@@ -116,11 +116,11 @@ class ImageClassifier(EquilibriumModule):
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
         """Cross-entropy and accuracy."""
-        self._evaluate("val", self.val_accuracy, batch)
+        self._evaluate("val", self.val_accuracy, batch, batch_index)
 
     def test_step(self, batch: Batch, batch_index: int) -> None:
         """Cross-entropy and accuracy."""
-        self._evaluate("test", self.test_accuracy, batch)
+        self._evaluate("test", self.test_accuracy, batch, batch_index)
 
     def predict_step(self, batch: Batch | Tensor, batch_index: int) -> dict[str, Tensor]:
         """The most probable class and its probability; the label too where the batch has one."""
@@ -129,9 +129,9 @@ class ImageClassifier(EquilibriumModule):
         columns = {"prediction": prediction, "probability": probability}
         return {**columns, "label": rest[0]} if rest else columns
 
-    def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: Batch) -> None:
+    def _evaluate(self, stage: str, accuracy: MulticlassAccuracy, batch: Batch, batch_index: int) -> None:
         image, label = batch
-        logits = self(image)
+        logits = self.observed(image, stage, batch_index)
         accuracy(logits, label)
         loss = F.cross_entropy(logits, label)
         size = label.numel()

@@ -112,7 +112,15 @@ def test_what_is_logged_is_what_the_solves_report() -> None:
     with torch.no_grad():
         logits = module.model(images)
     report = module.model.deq.report
-    assert set(measured) == {f"val/{key}" for key in ("loss", "accuracy", "steps", "residual", "converged")}
+    assert set(measured) == {
+        f"val/{key}" for key in ("loss", "accuracy", "steps", "residual", "converged", "spectral_radius")
+    }
+    x = module.model.injection(images[:60].flatten(1))
+    with torch.no_grad():
+        z, _ = module.model.deq(x)
+    J = module.model.deq.cell.jacobian(z, x)
+    radius = torch.linalg.eigvals(J).abs().amax(dim=1).mean().item()  # of the first batch
+    assert measured["val/spectral_radius"] == pytest.approx(radius, rel=1e-4)
     assert measured["val/steps"] == pytest.approx(report.steps.float().mean().item(), rel=1e-6)
     assert measured["val/residual"] == pytest.approx(report.residual.mean().item(), rel=1e-5)
     assert measured["val/converged"] == 1
@@ -170,7 +178,10 @@ def test_a_checkpoint_is_plain_data_and_makes_the_module_again(tmp_path: Path, c
     assert content["deq_zoo_classes"] == {"model": "lightning_modules.ImageClassifier"}
     plain = content["hyper_parameters"]
     assert plain["solver"] == (
-        {"class_path": "zoo.implicit.Newton", "init_args": {"tol": 1e-3, "norm": "relative", "max_steps": 50}}
+        {
+            "class_path": "zoo.implicit.Newton",
+            "init_args": {"tol": 1e-3, "norm": "relative", "max_steps": 50, "compact": False, "bfloat16_until": None},
+        }
         if choices
         else None
     )

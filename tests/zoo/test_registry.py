@@ -164,7 +164,13 @@ def test_a_spec_is_plain_data() -> None:
         {
             "solver": {
                 "class_path": "zoo.implicit.Newton",
-                "init_args": {"tol": 1e-3, "norm": "relative", "max_steps": 50},
+                "init_args": {
+                    "tol": 1e-3,
+                    "norm": "relative",
+                    "max_steps": 50,
+                    "compact": False,
+                    "bfloat16_until": None,
+                },
             },
             "gradient": {"class_path": "zoo.implicit.PhantomGradient", "init_args": {"steps": 2, "damping": 1.0}},
         },
