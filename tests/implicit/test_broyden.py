@@ -8,7 +8,7 @@ from functools import partial
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -22,6 +22,7 @@ SLOW: dict[str, Callable[[], Problem]] = {
     "tanh": TANH.problem,
 }
 SECANT: dict[str, Solver] = {"broyden": Broyden(), "anderson type I": Anderson(kind=1)}
+thorough = settings(deadline=None, derandomize=True, database=None)
 every_secant_method = pytest.mark.parametrize("solver", SECANT.values(), ids=SECANT)
 
 Pair = tuple[Tensor, Tensor]  # s, y
@@ -123,6 +124,7 @@ def test_one_type_one_step_by_hand() -> None:
         torch.testing.assert_close(found[2], z1 + beta * r1 - gamma * (s + beta * y), rtol=0, atol=1e-11)
 
 
+@thorough
 @given(size=st.integers(1, 6), seed=st.integers(0, 10**6))
 def test_a_linear_map_takes_broyden_twice_as_many_steps_as_it_has_dimensions(size: int, seed: int) -> None:
     """Gay, "Some convergence properties of Broyden's method" (SIAM J. Numer. Anal. 16, 1979)."""

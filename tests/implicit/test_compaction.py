@@ -30,6 +30,7 @@ from zoo.implicit import (
 from zoo.implicit.maps import FlatMap
 from zoo.implicit.state import StateView
 
+thorough = settings(deadline=None, derandomize=True, database=None)
 every_solver = pytest.mark.parametrize("solver", SOLVERS.values(), ids=SOLVERS)
 
 GAINS = [0.0, 0.1, 0.9, 0.2, 0.97, 0.3, 0.0, 0.6, 0.8, 0.1]
@@ -118,7 +119,7 @@ def test_only_the_rows_evaluated_are_fewer(solver: Any, norm: Any) -> None:
 
 
 @every_solver
-@settings(max_examples=30)
+@settings(thorough, max_examples=30)
 @given(gains=st.lists(st.floats(-2, 2), min_size=1, max_size=9), max_steps=st.integers(1, 12))
 def test_any_batch_and_any_budget(solver: Any, gains: list[float], max_steps: int) -> None:
     """Some rows may have no solution that this solver reaches."""
@@ -345,6 +346,7 @@ def test_masks_follow_their_rows(solver: Any, shared_dims: Sequence[int]) -> Non
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
+@settings(thorough, max_examples=30)
 @given(data=st.data())
 def test_a_selected_map_is_the_map_on_those_rows(problem: str, data: st.DataObject) -> None:
     p = PROBLEMS[problem](batch=5)

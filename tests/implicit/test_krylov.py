@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
@@ -28,6 +28,7 @@ from zoo.implicit import (
 from zoo.implicit.driver import solve
 
 KRYLOV: dict[str, Solver] = {"gmres": GMRES(), "gmres_restarting": GMRES(restart=4), "bicgstab": BiCGSTAB()}
+thorough = settings(deadline=None, derandomize=True, database=None)
 every_krylov = pytest.mark.parametrize("solver", KRYLOV.values(), ids=KRYLOV)
 both_dtypes = pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
 
@@ -93,6 +94,7 @@ def test_they_solve_no_forward_equation(solver: Solver) -> None:
 
 
 @every_krylov
+@thorough
 @given(size=st.integers(1, 8), batch=st.integers(1, 4), norm=st.floats(0, 0.9), seed=st.integers(0, 10**6))
 def test_contractions_are_solved(solver: Solver, size: int, batch: int, norm: float, seed: int) -> None:
     f = random_affine(batch, size, norm, seed)
@@ -209,6 +211,7 @@ def test_the_budget_is_kept_and_the_residual_is_the_true_one(solver: Solver, max
 
 
 @every_krylov
+@thorough
 @given(seed=st.integers(0, 10**6), exponent=st.floats(-6, -1), max_steps=st.integers(0, 40))
 def test_what_is_reported_is_what_is_returned(solver: Solver, seed: int, exponent: float, max_steps: int) -> None:
     """In float32, where recursive residuals drift from the true ones first."""
@@ -357,6 +360,7 @@ small_integers = st.integers(-1, 1).map(float)
 
 @every_krylov
 @both_dtypes
+@thorough
 @given(data=st.data(), batch=st.integers(1, 3), size=st.integers(1, 4))
 def test_exact_breakdowns_make_no_nan(
     solver: Solver, dtype: torch.dtype, data: st.DataObject, batch: int, size: int
@@ -377,6 +381,7 @@ def test_exact_breakdowns_make_no_nan(
 
 
 @both_dtypes
+@thorough
 @given(data=st.data(), size=st.integers(1, 4))
 def test_gmres_solves_every_regular_system(dtype: torch.dtype, data: st.DataObject, size: int) -> None:
     """In a cycle as long as the system is large, whatever happens on the way."""

@@ -154,7 +154,8 @@ def fixed_point(
             else:
                 keep = () if trajectory is None else trajectory.steps
                 z, report, kept = solve_in_stages(flat_map, start, solver, trace=trace, keep=keep)
-                states = [] if trajectory is None else [attached(kept[k], trajectory.gradient) for k in keep]
+                # Detached: the graph of an unrolled z* is not that of its states.
+                states = [] if trajectory is None else [attached(kept[k].detach(), trajectory.gradient) for k in keep]
             if in_dual_level() and not gradient.through_solver:
                 refuse_dual(flat_map(z))  # f may hold a dual tensor
         act_on_failure(report, on_failure, f"the fixed-point solve with {solver}")
