@@ -1,8 +1,9 @@
-"""What each process of the data-parallel test of ``test_known_defects.py`` runs; a new process imports only this."""
+"""What both processes of the data-parallel test of ``test_known_defects.py`` run; the new one imports only this."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import sys
+from datetime import timedelta
 
 import torch
 import torch.distributed as dist
@@ -33,13 +34,22 @@ def gradients(deq: DEQ, model: torch.nn.Module, x: Tensor) -> tuple[list[Tensor]
     return [p.grad for p in deq.parameters() if p.grad is not None], report.evaluations
 
 
-def process(rank: int, folder: str) -> None:
-    """Solve the rank's rows, and leave averaged gradients and the count of evaluations in ``folder``."""
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", init_method=f"file://{folder}/meet", rank=rank, world_size=WORLD)
+def in_process(rank: int, folder: str) -> tuple[list[Tensor], int]:
+    """What :func:`gradients` returns for the rows of this rank, where processes average their gradients."""
+    meet = f"file://{folder}/meet"
+    dist.init_process_group("gloo", init_method=meet, rank=rank, world_size=WORLD, timeout=timedelta(seconds=120))
     try:
         deq, x = deq_and_input()
-        found = gradients(deq, DistributedDataParallel(deq), x.chunk(WORLD)[rank])
-        torch.save(found, Path(folder) / f"rank{rank}.pt")
+        return gradients(deq, DistributedDataParallel(deq), x.chunk(WORLD)[rank])
     finally:
         dist.destroy_process_group()
+
+
+def main(rank: str, folder: str) -> None:
+    """Leave what :func:`in_process` returns in ``folder``."""
+    torch.set_num_threads(1)
+    torch.save(in_process(int(rank), folder), f"{folder}/rank{rank}.pt")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
