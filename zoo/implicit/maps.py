@@ -10,6 +10,7 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
@@ -61,7 +62,7 @@ class FlatMap:
 
     def __call__(self, z: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            value: Tensor = checkpoint(self._evaluate_again, z, use_reentrant=False)
+            value: Tensor = checkpoint(_with_present_weights(self._evaluate_again), z, use_reentrant=False)
             return value
         return self._evaluate(z)
 
@@ -188,6 +189,21 @@ class AdjointMap:
 
     def select(self, index: Tensor) -> AdjointMap:
         raise NotImplementedError("an adjoint solve reads one graph of all rows; its solver takes compact=False")
+
+
+def _with_present_weights(evaluate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """``evaluate``, for which parametrised weights are cached, or not, as they are here and now."""
+    enabled, weights = parametrize._cache_enabled, dict(parametrize._cache)  # noqa: SLF001 - torch has no public way
+
+    def here(z: Tensor) -> Tensor:
+        around = parametrize._cache_enabled, parametrize._cache  # noqa: SLF001
+        parametrize._cache_enabled, parametrize._cache = enabled, dict(weights)  # noqa: SLF001
+        try:
+            return evaluate(z)
+        finally:
+            parametrize._cache_enabled, parametrize._cache = around  # noqa: SLF001
+
+    return here
 
 
 def autocast_dtype(device: torch.device) -> torch.dtype | None:
