@@ -18,7 +18,7 @@ TYPED = {
     # an argument's name
     "--model.solver.tool 3": (
         "unknown argument 'model.solver.tool' of Anderson. Did you mean 'tol'? "
-        "Known: tol, norm, max_steps, memory, mix_every, ridge, damping."
+        "Known: tol, norm, max_steps, compact, bfloat16_until, memory, mix_every, ridge, damping, kind."
     ),
     "--model.solver.init_args.tool=3": "unknown argument 'model.solver.tool' of Anderson. Did you mean 'tol'?",
     "--model.gradient.solver.max_step 3": (
@@ -51,15 +51,15 @@ TYPED = {
     "--data DigitDataModule": "unknown class 'DigitDataModule' for 'data'. Did you mean 'DigitsDataModule'?",
     "--model.solver Andersn": (
         "unknown class 'Andersn' for 'model.solver'. Did you mean 'Anderson'? "
-        "Known: Anderson, FixedPointIteration, Newton."
+        "Known: Anderson, BiCGSTAB, Broyden, FixedPointIteration, GMRES, Newton."
     ),
     "--model.gradient ImplicitGradent": (
         "unknown class 'ImplicitGradent' for 'model.gradient'. Did you mean 'ImplicitGradient'? "
-        "Known: ImplicitGradient, PhantomGradient, UnrolledGradient."
+        "Known: ImplicitGradient, NeumannGradient, PhantomGradient, UnrolledGradient."
     ),
     "--model.gradient.solver Newtn": (
         "unknown class 'Newtn' for 'model.gradient.solver'. Did you mean 'Newton'? "
-        "Known: Anderson, FixedPointIteration, Newton."
+        "Known: Anderson, BiCGSTAB, Broyden, FixedPointIteration, GMRES, Newton."
     ),
     "--trainer.logger CVSLogger": "unknown class 'CVSLogger' for 'trainer.logger'. Did you mean 'CSVLogger'?",
     "--trainer.callbacks EarlyStoping": (

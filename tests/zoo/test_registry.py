@@ -172,7 +172,10 @@ def test_a_spec_is_plain_data() -> None:
                     "bfloat16_until": None,
                 },
             },
-            "gradient": {"class_path": "zoo.implicit.PhantomGradient", "init_args": {"steps": 2, "damping": 1.0}},
+            "gradient": {
+                "class_path": "zoo.implicit.PhantomGradient",
+                "init_args": {"steps": 2, "damping": 1.0, "advance": False},
+            },
         },
     )
 

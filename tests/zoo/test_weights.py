@@ -263,7 +263,8 @@ def test_every_shipped_file_has_a_record_and_a_table_row() -> None:
 @pytest.mark.parametrize("record", zoo.list_weights(), ids=lambda record: record.name)
 def test_a_shipped_record_describes_its_file(record: zoo.WeightsRecord) -> None:
     model = zoo.load_pretrained(record.name)
-    assert zoo.spec_of(model) == zoo.ModelSpec(record.model, record.arguments)
+    # Made anew, since solvers may have learnt arguments since then.
+    assert zoo.spec_of(model) == zoo.spec_of(zoo.create_model(record.model, **record.arguments))
     assert record.name.partition(".")[0] == record.model
     assert record.num_parameters == sum(p.numel() for p in model.parameters())
     assert record.source == "shipped"
