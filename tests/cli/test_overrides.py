@@ -25,8 +25,10 @@ from zoo.implicit import (
 )
 
 PRESETS: dict[str, tuple[Solver, Gradient]] = {
+    "broyden_gmres": (Broyden(tol=1e-4), ImplicitGradient(GMRES(tol=1e-4))),
     "anderson_implicit": (Anderson(tol=1e-4), ImplicitGradient(Anderson(tol=1e-4))),
     "jacobian_free": (Anderson(tol=1e-4), PhantomGradient(steps=1, damping=1.0)),
+    "mixed_precision": (Anderson(tol=1e-4, compact=True, bfloat16_until=5e-3), ImplicitGradient(Anderson(tol=1e-4))),
     "newton_implicit": (Newton(tol=1e-4), ImplicitGradient(Newton(tol=1e-4))),
     "newton_unrolled": (Newton(tol=1e-4), UnrolledGradient()),
     "plain_unrolled": (FixedPointIteration(tol=1e-4), UnrolledGradient()),
