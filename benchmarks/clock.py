@@ -30,17 +30,19 @@ def interleaved(
     actions: Mapping[str, Callable[[], object]],
     rounds: int,
     budget: float = float("inf"),
+    warm_up: bool = True,
     clock: Callable[[], float] = time.perf_counter,
 ) -> dict[str, Times]:
-    """Time each action once a round, after one round that is not counted. Each round starts with another action.
+    """Time each action once a round. Each round starts with another action.
 
     Args:
         actions: what is timed.
         rounds: at most.
         budget: seconds for each action; it takes part in ``MIN_ROUNDS`` rounds at least (or ``rounds``, if less).
+        warm_up: do each action once before, uncounted.
         clock: seconds.
     """
-    for action in actions.values():
+    for action in actions.values() if warm_up else ():
         action()
     names = list(actions)
     seconds: dict[str, list[float]] = {name: [] for name in names}

@@ -147,6 +147,7 @@ def torchdeq() -> Any:
 ANDERSON = Zoo("zoo anderson", Anderson())
 ITERATION = Zoo("zoo iteration", FixedPointIteration())
 BROYDEN = Zoo("zoo broyden", Broyden())
+BICGSTAB = Zoo("zoo bicgstab", BiCGSTAB())
 ZOO_FORWARD = (
     ANDERSON,
     Zoo("zoo anderson, mixing always", Anderson(mix_every=1)),
@@ -158,7 +159,7 @@ ZOO_ADJOINT = (
     *ZOO_FORWARD,
     Zoo("zoo gmres", GMRES()),
     Zoo("zoo gmres, restart 60", GMRES(restart=60)),
-    Zoo("zoo bicgstab", BiCGSTAB()),
+    BICGSTAB,
 )
 
 T_ITERATION = TorchDEQ("torchdeq fixed_point_iter", "fixed_point_iter")

@@ -2,90 +2,148 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
-from .contestants import Contestant
+from zoo.implicit import GMRES
+
+from .contestants import ANDERSON, Contestant, Zoo
 from .counts import Counting
 from .problems import Problem
 
-TOLERANCES = tuple(0.5**k for k in range(2, 18))
+TOLERANCES = tuple(0.5**k for k in range(1, 20))
+TIGHT = Zoo("tight", GMRES(restart=100))
+
+Gradient = Sequence[Tensor]
 
 
 @dataclass(frozen=True)
 class Setting:
-    """A pair of solvers with the loosest tolerance, forward and adjoint alike, that gives an error below a level.
+    """A pair of solvers of one library with their tolerances, and what one pass with them took and gave.
 
     Attributes:
         error: ||dL/dtheta - reference|| / ||reference||.
         evaluations: of f in the forward solve.
-        products: with J^T in the adjoint solve. Both solves are allowed just as many steps as they take: TorchDEQ's
-            Broyden pays for what it could take.
+        products: with J^T in the adjoint solve.
     """
 
     forward: Contestant
     adjoint: Contestant
     tol: float
-    error: float
-    evaluations: int
-    products: int
+    adjoint_tol: float
+    error: float = math.nan
+    evaluations: int = 0
+    products: int = 0
 
     @property
     def name(self) -> str:
-        return f"{self.forward.name} / {self.adjoint.name.split(' ', 1)[1]}"
+        return f"{self.forward.name} / {self.adjoint.name.partition(' ')[2]}"
 
-    def run(self, problem: Problem) -> tuple[Tensor, ...]:
-        """The gradient of the loss with respect to f's parameters."""
-        return gradient(problem, lambda: self._equilibrium(problem))
+    def measured(self, problem: Problem, reference: Gradient, max_steps: int) -> Setting:
+        """The same with the numbers of one pass."""
+        f = Counting(problem.f)
+        z = self.forward.equilibrium(f, problem, self.tol, self.adjoint, self.adjoint_tol, (max_steps, max_steps))
+        evaluations = f.evaluations - 1  # the last one is recorded for the gradient
+        error = relative_error(_gradient(problem, z), reference)
+        return replace(self, error=error, evaluations=evaluations, products=f.products)
 
-    def _equilibrium(self, problem: Problem) -> Tensor:
-        return self.forward.equilibrium(
-            problem.f, problem, self.tol, self.adjoint, self.tol, (self.evaluations, self.products)
+    def run(self, problem: Problem) -> Gradient:
+        """One pass of a setting that was measured. The solves may take just the steps that they need, since TorchDEQ's
+        Broyden pays for those that it may take.
+        """
+        steps = (self.evaluations, self.products)
+        return _gradient(
+            problem,
+            self.forward.equilibrium(problem.f, problem, self.tol, self.adjoint, self.adjoint_tol, steps),
         )
 
 
-def gradient(problem: Problem, equilibrium: Callable[[], Tensor]) -> tuple[Tensor, ...]:
-    return torch.autograd.grad(problem.loss(equilibrium()), tuple(problem.f.parameters()))
+def exact_gradient(problem: Problem, z: Tensor) -> Gradient:
+    """dL/dtheta as if ``z`` were z*, with u to about ten digits."""
+    at_z = replace(problem, z0=z)
+    return _gradient(problem, ANDERSON.equilibrium(problem.f, at_z, math.inf, TIGHT, 1e-10))
 
 
-def reference_gradient(problem: Problem, forward: Contestant, adjoint: Contestant) -> tuple[Tensor, ...]:
-    """The same to about ten digits: z* by plain iteration, and u to a tight tolerance."""
-    start = replace(problem, z0=problem.solution())
-    return gradient(problem, lambda: forward.equilibrium(problem.f, start, 1e-11, adjoint, 1e-11))
-
-
-def relative_error(found: Sequence[Tensor], reference: Sequence[Tensor]) -> float:
+def relative_error(found: Gradient, reference: Gradient) -> float:
     """||found - reference|| / ||reference|| over all tensors together."""
     difference = sum(float((a - b).square().sum()) for a, b in zip(found, reference, strict=True))
-    return float((difference / sum(float(b.square().sum()) for b in reference)) ** 0.5)
+    return math.sqrt(difference / sum(float(b.square().sum()) for b in reference))
 
 
-def loosest_settings(
-    problem: Problem,
-    forward: Contestant,
-    adjoint: Contestant,
-    reference: Sequence[Tensor],
-    levels: Sequence[float],
-    max_steps: int,
-) -> dict[float, Setting]:
-    """For each level of error that the pair reaches, its loosest sufficient setting.
-
-    Tolerances go down by factors of 2, until the strictest level is reached or a solve runs out of steps.
-    """
-    found: dict[float, Setting] = {}
-    f = Counting(problem.f)
+def loosest(error: Callable[[float], float], levels: Sequence[float]) -> dict[float, float]:
+    """For each level, the first tolerance of ``TOLERANCES`` whose error is below; none where that is never so."""
+    found: dict[float, float] = {}
     for tol in TOLERANCES:
-        f.evaluations = f.products = 0
-        z = forward.equilibrium(f, problem, tol, adjoint, tol, (max_steps, max_steps))
-        evaluations = f.evaluations - 1  # the last one is recorded for the gradient
-        error = relative_error(torch.autograd.grad(problem.loss(z), tuple(problem.f.parameters())), reference)
-        setting = Setting(forward, adjoint, tol, error, evaluations, f.products)
-        for level in levels:
-            if error <= level and level not in found:
-                found[level] = setting
-        if len(found) == len(levels) or max(evaluations, f.products) >= max_steps:
+        reached = error(tol)
+        found |= {level: tol for level in levels if level not in found and reached <= level}
+        if len(found) == len(levels):
             break
     return found
+
+
+def forward_tolerances(
+    s: Contestant, problem: Problem, reference: Gradient, levels: Sequence[float], max_steps: int
+) -> dict[float, float]:
+    """The loosest forward tolerance for each level of error, when u is exact."""
+
+    def error(tol: float) -> float:
+        return relative_error(exact_gradient(problem, s.solve(problem.f, problem, tol, max_steps)), reference)
+
+    return loosest(error, levels)
+
+
+def adjoint_tolerances(
+    forward: Contestant,
+    s: Contestant,
+    problem: Problem,
+    z: Tensor,
+    reference: Gradient,
+    levels: Sequence[float],
+    max_steps: int,
+) -> dict[float, float]:
+    """The loosest adjoint tolerance for each level of error, when the forward solve starts at z*."""
+    solved = replace(problem, z0=z)
+    return loosest(lambda tol: Setting(forward, s, 1e-9, tol).measured(solved, reference, max_steps).error, levels)
+
+
+def settings(
+    pairs: Sequence[tuple[Contestant, Contestant]],
+    problem: Problem,
+    levels: Sequence[float],
+    max_steps: int,
+) -> dict[float, list[Setting]]:
+    """For each level of error, the pairs that reach it, at tolerances that are just tight enough.
+
+    Half of the error is granted to the forward solve, and half to the adjoint. Where that is not enough for the two
+    together, both tolerances are halved until it is.
+    """
+    z = problem.solution()
+    reference = exact_gradient(problem, z)
+    halves = [level / 2 for level in levels]
+    first = {s.name: s for s, _ in pairs}
+    second = {s.name: (forward, s) for forward, s in pairs}
+    tols = {name: forward_tolerances(s, problem, reference, halves, max_steps) for name, s in first.items()}
+    adjoint_tols = {
+        name: adjoint_tolerances(forward, s, problem, z, reference, halves, max_steps)
+        for name, (forward, s) in second.items()
+    }
+    found: dict[float, list[Setting]] = {level: [] for level in levels}
+    for level, half in zip(levels, halves, strict=True):
+        for a, b in pairs:
+            tol, adjoint_tol = tols[a.name].get(half), adjoint_tols[b.name].get(half)
+            if tol is None or adjoint_tol is None:
+                continue
+            for shrink in (1, 2, 4, 8):
+                setting = Setting(a, b, tol / shrink, adjoint_tol / shrink).measured(problem, reference, max_steps)
+                if setting.error <= level:
+                    found[level].append(setting)
+                    break
+    return found
+
+
+def _gradient(problem: Problem, z: Tensor) -> Gradient:
+    return torch.autograd.grad(problem.loss(z), tuple(problem.f.parameters()))

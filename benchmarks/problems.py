@@ -281,7 +281,7 @@ def few_hard(batch: int = 256, size: int = 400) -> Problem:
     hard = round(0.06 * batch)
     gains = torch.linspace(0.3, 0.5, batch, dtype=torch.float64)
     gains[torch.randperm(batch, generator=generator(1))[:hard]] = 1.05
-    return _spread("few hard", size, gains)
+    return replace(_spread("few hard", size, gains), max_steps=200)
 
 
 SOLVED: dict[str, Callable[[], Problem]] = {

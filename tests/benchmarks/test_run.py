@@ -16,7 +16,7 @@ with warnings.catch_warnings():
 from benchmarks import contestants as c
 from benchmarks import solvers
 from benchmarks.counts import backward_count, forward_count
-from benchmarks.end_to_end import gradient, reference_gradient, relative_error
+from benchmarks.end_to_end import Setting, exact_gradient, relative_error
 from benchmarks.measurements import MEASUREMENTS, QUICK, Plan
 from benchmarks.problems import SOLVED, Problem, TanhCell
 
@@ -54,18 +54,17 @@ def test_every_contestant_solves(solver: c.Contestant) -> None:
 @pytest.mark.parametrize("adjoint", [*c.ZOO_ADJOINT, *c.TORCHDEQ], ids=lambda s: s.name)
 def test_every_contestant_differentiates(adjoint: c.Contestant) -> None:
     problem = easy()
-    reference = reference_gradient(problem, c.ANDERSON, c.ANDERSON)
+    exact = exact_gradient(problem, problem.solution())
     forward = c.ANDERSON if isinstance(adjoint, c.Zoo) else c.T_ITERATION
-    found = gradient(problem, lambda: forward.equilibrium(problem.f, problem, 1e-8, adjoint, 1e-8))
-    assert relative_error(found, reference) < 1e-6
+    assert Setting(forward, adjoint, 1e-8, 1e-8).measured(problem, exact, max_steps=60).error < 1e-6
 
 
 def test_steps_are_bounded_forward_and_backward() -> None:
     problem = easy()
     for forward, adjoint in ((c.ITERATION, c.ITERATION), (c.T_BLIND, c.T_ITERATION)):
         few, many = (
-            gradient(problem, lambda: forward.equilibrium(problem.f, problem, 0.0, adjoint, 0.0, steps))  # noqa: B023
-            for steps in ((40, 1), (40, 40))
+            Setting(forward, adjoint, 0.0, 0.0, evaluations=evaluations, products=products).run(problem)
+            for evaluations, products in ((40, 1), (40, 40))
         )
         assert relative_error(few, many) > 1e-2
 

@@ -23,7 +23,7 @@ from benchmarks.counts import (
     residual_trace,
     sample_evaluations,
 )
-from benchmarks.end_to_end import TOLERANCES, loosest_settings, reference_gradient, relative_error
+from benchmarks.end_to_end import exact_gradient, loosest, relative_error, settings
 from benchmarks.memory import PeakMemory, peak_bytes
 from benchmarks.problems import LinearCell, Problem, TanhCell
 from zoo.implicit import Anderson, FixedPointIteration
@@ -162,6 +162,12 @@ def test_the_first_round_does_not_count() -> None:
     assert interleaved(actions, rounds=5, clock=clock)["a"].seconds == [2.0] * 5
 
 
+def test_the_first_round_counts_without_warming_up() -> None:
+    clock = FakeClock()
+    actions = {"a": clock.action("a", lambda k: 100.0 if k == 0 else 2.0)}
+    assert interleaved(actions, rounds=2, warm_up=False, clock=clock)["a"].seconds == [100.0, 2.0]
+
+
 def test_ratios_are_within_rounds() -> None:
     """A machine that gets four times slower half-way changes no ratio."""
     clock = FakeClock()
@@ -179,7 +185,10 @@ def test_ratios_are_within_rounds() -> None:
 def test_who_has_spent_its_budget_stops() -> None:
     clock = FakeClock()
     times = interleaved(
-        {"slow": clock.action("slow", lambda _: 10.0), "quick": clock.action("quick", lambda _: 1.0)}, 8, 5.0, clock
+        {"slow": clock.action("slow", lambda _: 10.0), "quick": clock.action("quick", lambda _: 1.0)},
+        rounds=8,
+        budget=5.0,
+        clock=clock,
     )
     assert len(times["slow"].seconds) == MIN_ROUNDS
     assert len(times["quick"].seconds) == 6
@@ -299,15 +308,27 @@ def test_sample_evaluations() -> None:
 # ----------------------------------------------------------------------------------------------------------- end to end
 
 
-def test_reference_gradient_is_the_dense_one() -> None:
-    problem = small_tanh()
+def dense_gradient(problem: Problem) -> tuple[Tensor, ...]:
     z = problem.solution().requires_grad_()
     J = problem.jacobians(z)
     assert J is not None
     (g,) = torch.autograd.grad(problem.loss(z), z)
-    u = torch.linalg.solve(torch.eye(6, dtype=torch.float64) - J.mT, g.unsqueeze(2)).squeeze(2)
-    dense = torch.autograd.grad(problem.f(z, *problem.inputs), tuple(problem.f.parameters()), u)
-    assert relative_error(reference_gradient(problem, ANDERSON, ANDERSON), dense) < 1e-9
+    u = torch.linalg.solve(torch.eye(z.shape[1], dtype=torch.float64) - J.mT, g.unsqueeze(2)).squeeze(2)
+    return torch.autograd.grad(problem.f(z, *problem.inputs), tuple(problem.f.parameters()), u)
+
+
+def test_exact_gradient_is_the_dense_one() -> None:
+    problem = small_tanh()
+    assert relative_error(exact_gradient(problem, problem.solution()), dense_gradient(problem)) < 1e-9
+
+
+def test_exact_gradient_takes_z_as_it_is() -> None:
+    """At z = 0: J = (1 - tanh^2 x) W, g = R."""
+    problem = small_tanh()
+    (found,) = exact_gradient(problem, problem.z0)
+    (exact,) = dense_gradient(problem)
+    assert relative_error((found,), (exact,)) > 0.1
+    assert found.count_nonzero() == 0, "df/dW at z = 0 is 0"
 
 
 def test_relative_error() -> None:
@@ -317,24 +338,37 @@ def test_relative_error() -> None:
     assert relative_error((a + torch.tensor([1.0, 0.0]), b), (a, b)) == pytest.approx(1 / 13)
 
 
-def test_settings_are_the_loosest_that_suffice() -> None:
-    problem = small_tanh()
-    reference = reference_gradient(problem, ANDERSON, ANDERSON)
-    levels = (1e-1, 1e-3)
-    settings = loosest_settings(problem, PLAIN, PLAIN, reference, levels, max_steps=100)
-    assert set(settings) == set(levels)
-    for level, setting in settings.items():
-        assert relative_error(setting.run(problem), reference) == pytest.approx(setting.error, rel=1e-9)
-        assert setting.error <= level
-        looser = PLAIN.equilibrium(problem.f, problem, 2 * setting.tol, PLAIN, 2 * setting.tol)
-        found = torch.autograd.grad(problem.loss(looser), tuple(problem.f.parameters()))
-        assert setting.tol == TOLERANCES[0] or relative_error(found, reference) > level
-        assert setting.evaluations == forward_count(PLAIN, problem, setting.tol).number
-    assert settings[1e-3].tol < settings[1e-1].tol
+def test_loosest() -> None:
+    asked: list[float] = []
+
+    def error(tol: float) -> float:
+        asked.append(tol)
+        return 10 * tol
+
+    assert loosest(error, (1.3, 0.1)) == {1.3: 0.125, 0.1: 2**-7}
+    assert asked == [0.5**k for k in range(1, 8)], "not tighter than needed"
+    assert loosest(lambda _: 1.0, (0.5,)) == {}
+    assert loosest(lambda _: math.nan, (0.5,)) == {}
 
 
-def test_settings_that_do_not_exist_are_left_out() -> None:
+def test_settings_are_just_tight_enough() -> None:
     problem = small_tanh()
-    reference = [2 * g for g in reference_gradient(problem, ANDERSON, ANDERSON)]
-    assert loosest_settings(problem, PLAIN, PLAIN, reference, (1e-2,), max_steps=100) == {}
-    assert loosest_settings(problem, PLAIN, PLAIN, reference, (0.51, 1e-2), max_steps=3) == {}
+    exact = dense_gradient(problem)
+    found = settings([(PLAIN, PLAIN), (ANDERSON, PLAIN)], problem, (1e-1, 1e-4), max_steps=200)
+    assert [len(of_level) for of_level in found.values()] == [2, 2]
+    for level, of_level in found.items():
+        for s in of_level:
+            assert s.error == pytest.approx(relative_error(s.run(problem), exact), rel=1e-6)
+            assert level / 50 < s.error <= level
+            assert s.evaluations == forward_count(s.forward, problem, s.tol).number
+            assert s.name == f"{s.forward.name} / "
+    plain, anderson = found[1e-4]
+    assert plain.products == anderson.products
+    assert plain.evaluations > anderson.evaluations
+    assert found[1e-4][0].products > found[1e-1][0].products
+
+
+def test_a_pair_that_does_not_get_there_is_left_out() -> None:
+    found = settings([(PLAIN, PLAIN), (ANDERSON, ANDERSON)], small_tanh(), (1e-1, 1e-4), max_steps=10)
+    assert [s.forward.name for s in found[1e-4]] == ["anderson"]
+    assert len(found[1e-1]) == 2

@@ -13,7 +13,9 @@ from datamodules import DigitsDataModule
 from lightning_modules import ImageClassifier
 from tests.command_line import DIGITS, QUIET, RESUME, ROOT, TINY, Fitted, fit, main, refused, rows, said
 from zoo.implicit import (
+    GMRES,
     Anderson,
+    Broyden,
     ConvergenceWarning,
     FixedPointIteration,
     Gradient,

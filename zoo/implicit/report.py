@@ -30,7 +30,9 @@ _ADVICE = {
     SolverStatus.CONVERGED: "the residual is within tol",
     SolverStatus.MAX_STEPS: (
         "max_steps was reached with the residual above tol, and the best state so far was returned; "
-        "raise max_steps or tol, start nearer (z0), or make f more contractive (Jacobian regularisation)"
+        "raise max_steps or tol, start nearer (z0), or make f more contractive (Jacobian regularisation); "
+        "where Anderson stagnates, try Broyden; where f computes in bfloat16 or float16, take a tol above its rounding "
+        "(5e-3 or 1e-3), or bfloat16_until=5e-3"
     ),
     SolverStatus.DIVERGED: (
         "the solve moved away from a solution, and the state of the lowest residual was returned; f expands there: "
