@@ -210,6 +210,15 @@ def test_the_budget_is_kept_and_the_residual_is_the_true_one(solver: Solver, max
     assert (report.residual <= f.residual(f.offset) * (1 + 1e-9)).all()
 
 
+def test_a_cycle_that_is_cut_is_not_lost() -> None:
+    """Evaluation 6 ends the first cycle; two products more make a better iterate."""
+    residuals = [
+        float(f.solve(GMRES(restart=5, tol=1e-13, max_steps=max_steps))[1].residual.max())
+        for max_steps, f in ((6, random_affine(3, 20, 0.9)), (9, random_affine(3, 20, 0.9)))
+    ]
+    assert residuals[1] < 0.9 * residuals[0]
+
+
 @every_krylov
 @thorough
 @given(seed=st.integers(0, 10**6), exponent=st.floats(-6, -1), max_steps=st.integers(0, 40))

@@ -166,6 +166,23 @@ def test_an_absolute_tolerance_holds_for_the_second_stage() -> None:
     assert cell.autocast[-1] is False
 
 
+def test_the_first_stage_ends_at_a_relative_residual_in_any_case() -> None:
+    """Of a large state bfloat16 never reaches an absolute residual of 5e-3."""
+    W, x = contraction(24, 0.9, dtype=torch.float32), 1e4 * input_of().detach()
+    autocast: list[bool] = []
+
+    def f(z: Tensor, x: Tensor) -> Tensor:
+        autocast.append(torch.is_autocast_enabled("cpu"))
+        return torch.as_tensor(z @ W.mT + x)
+
+    with torch.no_grad():
+        _, report = fixed_point(
+            f, torch.zeros_like(x), x, solver=coarse_first(Anderson(), tol=1.0, norm="absolute", max_steps=100)
+        )
+    assert report.converged.all()
+    assert autocast.count(True) < 30
+
+
 @pytest.mark.parametrize("ambient", [torch.bfloat16, None], ids=str)
 def test_an_ambient_autocast_does_not_reach_the_second_stage(ambient: torch.dtype | None) -> None:
     """Nor the gradient, which is that of the float32 equilibrium."""
