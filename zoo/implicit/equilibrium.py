@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import fields, replace
 from typing import Any, Protocol, cast, overload
 
@@ -13,6 +13,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from .checks import check_choices, refuse_changing_cells
+from .compiled import buffers_kept
 from .dropout import one_draw
 from .gradients import Gradient, ImplicitGradient, OnAdjoint
 from .maps import FlatMap, autocast_dtype, full_precision
@@ -119,6 +120,11 @@ def fixed_point(
             f"the states of a trajectory are among the solver's max_steps={solver.max_steps} updates; "
             f"given: steps={trajectory.steps}"
         )
+    if trajectory is not None and trajectory.sliced and gradient.through_solver:
+        raise ValueError(
+            "Trajectory(sliced=True) starts each slice from a detached state, so an unrolled gradient of z* would know the "
+            "last slice only; take another gradient than UnrolledGradient(), or sliced=False"
+        )
     view = StateView(z0)
     ambient = autocast_dtype(view.device)
     recording = torch.is_grad_enabled()
@@ -140,7 +146,8 @@ def fixed_point(
 
     if recording:
         _forget_weights_without_graph()
-    with one_draw(), _parametrizations_computed_once(f), full_precision(view.device):
+    keeping = buffers_kept() if recording else nullcontext()
+    with one_draw(), _parametrizations_computed_once(f), full_precision(view.device), keeping:
         flat_map = FlatMap(f, view, inputs, recompute=recompute)
         if solver.bfloat16_until is None:
             flat_map = flat_map.in_precision(ambient)

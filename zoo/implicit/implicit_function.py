@@ -10,6 +10,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
+from .compiled import eagerly, say_that_buffers_are_kept
 from .maps import AdjointMap, full_precision
 from .transforms import batched_cotangents_explained, check_transform, current_transform, new_leaf
 
@@ -71,7 +72,7 @@ def attach_implicit(
     def again(w: Tensor, g: Tensor) -> Sequence[Tensor | None]:
         check_transform(transform)
         gates = _Gates([w, *depends.used])
-        with torch.enable_grad():
+        with torch.enable_grad(), eagerly():
             fw_again = F(gates(w), gates)
         _check_same(fw, fw_again)
         if _dependence(fw_again, w, depends.used, gates).differs_from(depends):
@@ -83,7 +84,8 @@ def attach_implicit(
 
         def adjoint(u: Tensor, replace: Replace) -> Tensor:  # u -> J^T u + g, with a graph
             w_here = replace(w)
-            Fw = F(w_here, replace)
+            with eagerly():
+                Fw = F(w_here, replace)
             (product,) = torch.autograd.grad(Fw, w_here, u, create_graph=True, allow_unused=True)
             return replace(g) if product is None else product + replace(g)
 
@@ -237,6 +239,7 @@ def _dependence(output: Tensor, w: Tensor, visible: Sequence[Tensor], gates: _Ga
                 used[id(inner[edge])] = inner[edge]
             continue
         node = edge[0]
+        say_that_buffers_are_kept(node)
         variable = getattr(node, "variable", None)  # only AccumulateGrad nodes have one
         if variable is not None and variable is not w:
             if id(variable) in leaves:

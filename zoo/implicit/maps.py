@@ -15,6 +15,7 @@ from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
+from .compiled import eagerly
 from .dropout import current_draws, use_draws
 from .state import State, StateView
 
@@ -117,7 +118,8 @@ class FlatMap:
                 )
             return J.to(z.dtype)
         # Samples are independent, so the sum over the batch has the rows of all Jacobians at once: (N, B, N).
-        jacobian: Tensor = torch.func.jacrev(lambda z: self._evaluate(z).sum(0))(z)
+        with eagerly():
+            jacobian: Tensor = torch.func.jacrev(lambda z: self._evaluate(z).sum(0))(z)
         return jacobian.movedim(1, 0)
 
     def project(self, z: Tensor) -> Tensor:
