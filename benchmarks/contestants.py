@@ -164,7 +164,8 @@ ZOO_ADJOINT = (
 
 T_ITERATION = TorchDEQ("torchdeq fixed_point_iter", "fixed_point_iter")
 T_ANDERSON = TorchDEQ("torchdeq anderson", "anderson")
+T_ANDERSON_SMALL = TorchDEQ("torchdeq anderson lam=1e-12", "anderson", {"lam": 1e-12})  # a small ridge
 T_BROYDEN = TorchDEQ("torchdeq broyden", "broyden")
-TORCHDEQ = (T_ITERATION, T_ANDERSON, TorchDEQ("torchdeq anderson lam=1e-12", "anderson", {"lam": 1e-12}), T_BROYDEN)
+TORCHDEQ = (T_ITERATION, T_ANDERSON, T_ANDERSON_SMALL, T_BROYDEN)
 # Never looks at a residual, so it stops at max_steps only; TorchDEQ does not take it as an adjoint.
 T_BLIND = TorchDEQ("torchdeq simple_fixed_point_iter", "simple_fixed_point_iter")

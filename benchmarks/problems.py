@@ -267,7 +267,7 @@ def conv() -> Problem:
         torch.zeros_like(x),
         (x,),
         lambda z: nn.functional.cross_entropy(model.classify(z), labels),
-        max_steps=400,
+        max_steps=250,
     )
 
 
