@@ -14,12 +14,14 @@ from tests.problems import PROBLEMS, SOLVERS, Counting, InjectedTanhCell, genera
 from zoo.implicit import (
     DEQ,
     Anderson,
+    Broyden,
     ConvergenceError,
     ConvergenceWarning,
     FixedPointIteration,
     ImplicitGradient,
     Newton,
     PhantomGradient,
+    Solver,
     SolverReport,
     SolverStatus,
     fixed_point,
@@ -381,3 +383,10 @@ def test_reports_hold_no_graph() -> None:
             tensors = [value for value in vars(part).values() if isinstance(value, Tensor)]
             assert len(tensors) >= 4
             assert not any(tensor.requires_grad for tensor in tensors)
+
+
+@pytest.mark.parametrize("solver", [Anderson(kind=1), Anderson(), Broyden(), FixedPointIteration()])
+def test_running_away_is_not_converging(solver: Solver) -> None:
+    """f(z) = z + 1 has no fixed point, though its relative residual falls as z grows."""
+    _, report = fixed_point(lambda z: z + 1, torch.zeros(2, 3, dtype=torch.float64), solver=solver, on_failure="ignore")
+    assert not report.converged.any()

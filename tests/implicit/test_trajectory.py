@@ -452,3 +452,9 @@ def test_weights_that_are_refused(arguments: dict[str, Any], text: str) -> None:
 def test_a_correction_of_no_state_is_refused() -> None:
     with pytest.raises(ValueError, match="count"):
         fixed_point_correction(torch.sum, [])
+
+
+def test_slices_of_an_unrolled_solve_are_refused() -> None:
+    """z* would know the last slice only, and its gradient would be wrong."""
+    with pytest.raises(ValueError, match="the last slice only"):
+        fixed_point(f, *batch_of(), gradient=UnrolledGradient(), trajectory=Trajectory([2], sliced=True))

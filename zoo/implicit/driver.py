@@ -29,6 +29,7 @@ class _Rows:
     residual: Tensor  # (B,) its residual in the solver's norm; the largest number of its dtype before there is one
     distance: Tensor  # (B,) its ||f(z) - z||
     start_distance: Tensor  # (B,)
+    largest_distance: Tensor  # (B,) of those looked at
     improved: Tensor  # (B,) whether an iterate after the start was better than all before
     converged: Tensor  # (B,)
     failed: Tensor  # (B,) whether f was not finite
@@ -87,7 +88,7 @@ class _Solve:
         none = torch.zeros(batch, dtype=torch.bool, device=z0.device)
         lowest = torch.full((batch,), torch.finfo(z0.dtype).max, dtype=z0.dtype, device=z0.device)
         steps = torch.full((batch,), solver.max_steps, device=z0.device)
-        self.rows = _Rows(z0, lowest, lowest, lowest, none, none, none, steps)
+        self.rows = _Rows(z0, lowest, lowest, lowest, torch.zeros_like(lowest), none, none, none, steps)
         self.all_improved = ~none
         self.stopped: Tensor | None = None  # (B,), None while no sample has stopped
         self.present: Tensor | None = None  # where the rows stand in the whole batch, once some have left it
@@ -129,6 +130,7 @@ class _Solve:
             better = residual <= rows.residual  # also False where it is not finite
             if k == 0:
                 rows.start_distance = distance
+            rows.largest_distance = torch.maximum(rows.largest_distance, distance)
             if self.stopped is None:
                 # The common case: no sample stops, and all have come closer.
                 if torch.stack((better, residual > self.solver.tol)).all().item():
@@ -144,7 +146,11 @@ class _Solve:
                 better = better & ~stopped
             rows.residual = torch.where(better, residual, rows.residual)
             rows.distance = torch.where(better, distance, rows.distance)
-            rows.converged = rows.converged | (better & (residual <= self.solver.tol))
+            within = better & (residual <= self.solver.tol)
+            if k > 0 and self.solver.norm == "relative":
+                # A relative residual falls also when z merely runs away; f(z) - z itself has to become smaller.
+                within &= (distance < 0.99 * rows.largest_distance) | (distance == 0)
+            rows.converged = rows.converged | within
             rows.failed = rows.failed | ~(residual.isfinite() | stopped)
             if k > 0:
                 rows.improved = rows.improved | better
