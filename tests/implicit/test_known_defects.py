@@ -1,6 +1,6 @@
 """Defects that were measured in TorchDEQ 0.1.0, one by one: the same situation here, and the right result.
 
-W1 to W14 gave silent wrong results, S1 to S3 came from samples that share a batch, and M1 to M18 are what was missing
+W1 to W14 gave silent wrong results, S1 to S3 came from samples that share a batch, and M01 to M16 are what was missing
 or failed. The numbers in the tests are those of the situations in which each was found.
 """
 
