@@ -1,8 +1,8 @@
 """The one loop that all solvers share.
 
 It owns the stopping rule, the count of evaluations, the best state so far, samples that stopped, values that are
-not finite, and the report. A sample that has stopped is frozen: nothing that happens to its batch mates later can
-move it, so the result of a sample does not depend on what else is in its batch.
+not finite, and the report. The result of a sample that has stopped is frozen, though it is evaluated on as long as it
+is in the batch: nothing that happens later can change it, so it does not depend on what else is in the batch.
 """
 
 from __future__ import annotations
@@ -93,6 +93,7 @@ class _Solve:
         self.stopped: Tensor | None = None  # (B,), None while no sample has stopped
         self.present: Tensor | None = None  # where the rows stand in the whole batch, once some have left it
         self.whole = self.rows  # the rows of the whole batch, up to date for those that have left
+        self.some_failed = False
         self.row_evaluations = 0
 
     def run(self, keep: Collection[int]) -> tuple[Tensor, SolverReport, dict[int, Tensor]]:
@@ -103,6 +104,8 @@ class _Solve:
         for k in range(solver.max_steps + 1):
             if k in keep:
                 kept[k] = self._iterate_of_all(z)
+            if self.some_failed:  # f may refuse what is not finite
+                z = torch.where(self.rows.failed.unsqueeze(1), self.rows.best, z)
             fz = self.f(z)
             self.row_evaluations += z.shape[0]
             last = k == solver.max_steps
@@ -110,15 +113,12 @@ class _Solve:
                 done = self._look(k, z, fz)
                 if done or last:
                     break
-                if self.stopped is not None:
-                    z = torch.where(self.rows.failed.unsqueeze(1), self.rows.best, z)
-                    if solver.compact:
-                        z, fz, memory = self._drop_stopped(z, fz, memory)
+                if solver.compact and self.stopped is not None:
+                    z, fz, memory = self._drop_stopped(z, fz, memory)
             elif self.trace is not None:
                 self.trace.append(torch.full_like(self.whole.residual, torch.nan))
             proposed, memory = solver.step(self.f, k, z, fz, memory)
-            proposed = self.f.project(proposed)
-            z = proposed if self.stopped is None else torch.where(self.stopped.unsqueeze(1), z, proposed)
+            z = self.f.project(proposed)
         rows = self._rows_of_all()
         return rows.best, self._report(rows, evaluations=k + 1), {at: kept.get(at, rows.best) for at in keep}
 
@@ -159,8 +159,8 @@ class _Solve:
             if self.trace is not None:
                 self.trace.append(self._residual_of_all(torch.where(stopped, rows.residual, residual)))
             # One transfer to the host for all decisions.
-            all_stopped, some_stopped, all_better = torch.stack(
-                (now_stopped.all(), now_stopped.any(), (better | stopped).all())
+            all_stopped, some_stopped, all_better, self.some_failed = torch.stack(
+                (now_stopped.all(), now_stopped.any(), better.all(), rows.failed.any())
             ).tolist()
         rows.best = z if all_better else torch.where(better.unsqueeze(1), z, rows.best)
         self.stopped = now_stopped if some_stopped else None
@@ -175,7 +175,7 @@ class _Solve:
         self.present = index if self.present is None else self.present[index]
         self.rows = self.rows.gather(index)
         self.all_improved = torch.ones_like(self.rows.converged)
-        self.stopped = None
+        self.stopped, self.some_failed = None, False
         self.f = self.f.select(index)
         memory = pytree.tree_map_only(Tensor, lambda x: x.index_select(0, index), memory)
         return z.index_select(0, index), fz.index_select(0, index), memory
@@ -184,6 +184,8 @@ class _Solve:
         return self.rows if self.present is None else self.rows.scatter(self.whole, self.present)
 
     def _iterate_of_all(self, z: Tensor) -> Tensor:
+        if self.stopped is not None:
+            z = torch.where(self.stopped.unsqueeze(1), self.rows.best, z)
         return z if self.present is None else self.whole.best.index_copy(0, self.present, z)
 
     def _residual_of_all(self, residual: Tensor) -> Tensor:
