@@ -145,12 +145,16 @@ def torchdeq() -> Any:
 
 
 ANDERSON = Zoo("zoo anderson", Anderson())
+ALWAYS = Zoo("zoo anderson, mixing always", Anderson(mix_every=1))
+RARELY = Zoo("zoo anderson, mixing every 3", Anderson(memory=12, mix_every=3))
 ITERATION = Zoo("zoo iteration", FixedPointIteration())
 BROYDEN = Zoo("zoo broyden", Broyden())
+BROYDEN_10 = Zoo("zoo broyden, memory 10", Broyden(memory=10))
 BICGSTAB = Zoo("zoo bicgstab", BiCGSTAB())
 ZOO_FORWARD = (
     ANDERSON,
-    Zoo("zoo anderson, mixing always", Anderson(mix_every=1)),
+    ALWAYS,
+    RARELY,
     Zoo("zoo anderson, type I", Anderson(kind=1)),
     ITERATION,
     BROYDEN,

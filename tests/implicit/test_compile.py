@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.nn.utils import parametrize
 
-from tests.problems import GRADIENTS, generator, tight
+from tests.problems import GRADIENTS, generator, tanh_problem, tight
 from zoo.implicit import (
     DEQ,
     GMRES,
@@ -24,6 +24,8 @@ from zoo.implicit import (
     UnrolledGradient,
     VariationalDropout,
     fixed_point,
+    jacobian_penalty,
+    spectral_radius,
 )
 
 EAGER_BACKEND = "aot_eager"  # all of torch.compile but the generation of code
@@ -239,3 +241,19 @@ def test_second_derivatives_of_recorded_compiled_iterations_are_refused_by_torch
     with pytest.raises(RuntimeError, match=r"donated buffers|does not currently support double backward"):  # noqa: PT012
         (first,) = torch.autograd.grad(z.square().sum(), x, create_graph=True)
         torch.autograd.grad(first.sum(), x)
+
+
+def test_regularisation_and_diagnostics_see_a_compiled_cell() -> None:
+    """They need second derivatives, and products on one graph, which compiled graphs do not have."""
+    p = tanh_problem()
+    compiled = torch.compile(p.cell, backend="aot_eager")
+    z, _ = fixed_point(compiled, p.z0, *p.inputs, gradient=PhantomGradient(2))
+    z.sum().backward()  # compiled without retained buffers
+    z = z.detach()
+    expected, found = ([], [])
+    for f, values in ((p.cell, expected), (compiled, found)):
+        torch.manual_seed(0)
+        penalty = jacobian_penalty(f, z, *p.inputs).mean()
+        values += [penalty, *torch.autograd.grad(penalty, p.leaves, allow_unused=True, materialize_grads=True)]
+        values.append(spectral_radius(f, z, *p.inputs, generator=torch.Generator().manual_seed(0)))
+    torch.testing.assert_close(found, expected)

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .compiled import eagerly
 from .equilibrium import _forget_weights_without_graph, fixed_point
 from .maps import FlatMap, full_precision
 from .solvers import Solver
@@ -67,7 +68,7 @@ def spectral_radius(
         view = StateView(z)
         flat_map = FlatMap(f, view, inputs)
         _forget_weights_without_graph()  # those of inference mode cannot be saved for the products
-        with torch.enable_grad(), full_precision(view.device):
+        with torch.enable_grad(), full_precision(view.device), eagerly():
             z_in = view.flatten(z).requires_grad_()
             fz = flat_map(z_in)
         if not fz.requires_grad or z_in.numel() == 0:

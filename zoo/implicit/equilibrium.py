@@ -122,8 +122,8 @@ def fixed_point(
         )
     if trajectory is not None and trajectory.sliced and gradient.through_solver:
         raise ValueError(
-            "Trajectory(sliced=True) starts each slice from a detached state, so an unrolled gradient of z* would know the "
-            "last slice only; take another gradient than UnrolledGradient(), or sliced=False"
+            "Trajectory(sliced=True) starts each slice from a detached state, so an unrolled gradient of z* would know "
+            "the last slice only; take another gradient than UnrolledGradient(), or sliced=False"
         )
     view = StateView(z0)
     ambient = autocast_dtype(view.device)

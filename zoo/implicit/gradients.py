@@ -82,8 +82,9 @@ class NeumannGradient(Gradient):
     """The implicit gradient with (I - J^T)^-1 cut after ``steps`` terms: u = g + J^T g + ... + (J^T)^steps g.
 
     Memory does not grow with ``steps``: all products read the graph of one evaluation. The error falls as the spectral
-    radius of J to the power ``steps``, if that is below 1. ``steps=0`` is the one-step gradient. Geng, Zhang, Bai, Wang
-    and Lin, "On Training Implicit Models" (NeurIPS 2021), section 3.2.
+    radius of J to the power ``steps``, if that is below 1; second derivatives are those of the equilibrium,
+    with an error of the same kind. ``steps=0`` is the one-step gradient. Geng, Zhang, Bai, Wang and Lin, "On Training
+    Implicit Models" (NeurIPS 2021), section 3.2.
 
     Args:
         steps: vector-Jacobian products, at least 0.

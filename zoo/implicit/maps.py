@@ -83,7 +83,7 @@ class FlatMap:
             return self._evaluate(z)
         present = dict(self.owner.named_parameters())
         others = {name: p for name, p in self.parameters.items() if present.get(name) is not p}
-        with _reparametrize_module(self.owner, others) if others else nullcontext():
+        with _reparametrize_module(self.owner, others, tie_weights=True) if others else nullcontext():
             return self._evaluate(z)
 
     def _evaluate(self, z: Tensor) -> Tensor:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .compiled import eagerly
 from .maps import FlatMap
 from .state import State, StateView
 
@@ -34,7 +35,7 @@ def jacobian_penalty(f: Callable[..., State], z: State, *inputs: State, probes: 
         raise ValueError(f"jacobian_penalty(probes=...) takes an integer >= 1; given: {probes!r}")
     z = pytree.tree_map(torch.Tensor.detach, z)
     view = StateView(z)
-    with torch.enable_grad():
+    with torch.enable_grad(), eagerly():
         z_in = view.flatten(z).requires_grad_()
         fz = FlatMap(f, view, inputs)(z_in)
         total = z_in.new_zeros(view.batch)
