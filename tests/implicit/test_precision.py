@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from tests.problems import METHODS, SOLVERS, Method, contraction, generator
+from tests.problems import METHODS, SOLVERS, Method, contraction, generator, tanh_problem
 from zoo.implicit import DEQ, Anderson, ImplicitGradient, Newton, PhantomGradient, Solver, UnrolledGradient, fixed_point
 from zoo.tanh import TanhCell, TanhDEQ
 
@@ -203,3 +203,19 @@ def test_the_tanh_model_keeps_its_state_in_float32() -> None:
 def test_a_model_of_narrow_weights_keeps_a_narrow_state() -> None:
     model = TanhDEQ(in_features=4, width=8, solver=Anderson(tol=3e-2), gradient=PhantomGradient()).bfloat16()
     assert model(torch.rand(2, 4).bfloat16()).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("value", [torch.inf, torch.nan])
+def test_a_gradient_that_overflowed_reaches_the_scaler(value: float) -> None:
+    """Mixed float16 training scales the loss until a gradient overflows; that is no failure of the adjoint solve."""
+    p = tanh_problem()
+    z, _ = fixed_point(p.cell, p.z0, *p.inputs, on_failure="raise")
+    g = torch.ones_like(z)
+    g[1, 0] = value
+    (x,) = p.inputs
+    (found,) = torch.autograd.grad(z, x, g, retain_graph=True)
+    assert found[1].isnan().all()
+    g[1] = 1
+    (expected,) = torch.autograd.grad(z, x, g)
+    others = torch.tensor([0, 2])
+    torch.testing.assert_close(found[others], expected[others], rtol=0, atol=0)
