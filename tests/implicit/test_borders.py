@@ -239,3 +239,13 @@ def test_in_place_changes_of_the_result_do_not_reach_the_gradient() -> None:
         return torch.autograd.grad(z.sum(), x)[0]
 
     assert torch.equal(gradient(in_place=True), gradient(in_place=False))
+
+
+@pytest.mark.parametrize("module", [nn.BatchNorm1d(3), nn.Dropout(0.5)], ids=["batch_norm", "dropout"])
+@pytest.mark.parametrize("method", [False, True])
+def test_cells_that_change_are_refused_by_the_function_too(module: nn.Module, method: bool) -> None:
+    cell = nn.Sequential(nn.Linear(3, 3), module).train()
+    with pytest.raises(ValueError, match="the cell holds a"):
+        fixed_point(cell.forward if method else cell, torch.zeros(2, 3))
+    cell.eval()
+    fixed_point(cell.forward if method else cell, torch.zeros(2, 3), on_failure="ignore")

@@ -32,6 +32,7 @@ from zoo.implicit import (
     ImplicitGradient,
     Newton,
     PhantomGradient,
+    SolverReport,
     UnrolledGradient,
     fixed_point,
 )
@@ -363,3 +364,25 @@ def test_a_state_without_entries(method: Method) -> None:
     z, report = fixed_point(lambda z: z, torch.zeros(3, 0), solver=method.solver, gradient=method.gradient)
     assert z.shape == (3, 0)
     assert bool(report.converged.all())
+
+
+@pytest.mark.parametrize("scale", [1e-4, 1.0, 1e4])
+def test_an_absolute_tolerance_of_the_adjoint_is_absolute(scale: float) -> None:
+    p = tanh_problem()
+    reports: list[SolverReport] = []
+    adjoint = FixedPointIteration(tol=1e-3, norm="absolute", max_steps=200, check_every=1)
+    z, _ = fixed_point(
+        p.cell, p.z0, *p.inputs, solver=tight(Anderson()), gradient=ImplicitGradient(adjoint), on_adjoint=reports.append
+    )
+    R = scale * p.weights()
+    (z * R).sum().backward()
+    J = p.cell.jacobian(z, *p.inputs)
+    u, before = R, None
+    for _ in range(int(reports[0].steps.max()) + 1):
+        u, before = torch.einsum("bij,bi->bj", J, u) + R, u
+    assert reports[0].converged.all()
+    assert (reports[0].residual <= 1e-3).all()
+    slowest = int(reports[0].steps.argmax())
+    assert before is not None
+    expected = (u - before)[slowest].norm().detach()
+    torch.testing.assert_close(reports[0].residual[slowest], expected, rtol=1e-6, atol=1e-12)

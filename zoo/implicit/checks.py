@@ -11,9 +11,10 @@ from .report import check_on_failure
 from .solvers import Solver
 
 
-def refuse_changing_cells(cell: nn.Module) -> None:
-    """Raise for cells that are another function at each evaluation, or mix samples."""
-    for name, module in cell.named_modules():
+def refuse_changing_cells(f: object) -> None:
+    """Raise for modules (and methods of modules) that are another function at each evaluation, or mix samples."""
+    cell = getattr(f, "__self__", f)
+    for name, module in cell.named_modules() if isinstance(cell, nn.Module) else ():
         if isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats):
             raise ValueError(
                 f"the cell holds a {type(module).__name__} that uses batch statistics ({name or 'the cell itself'}): "

@@ -112,6 +112,7 @@ def fixed_point(
     solver = _SOLVER if solver is None else solver
     gradient = _GRADIENT if gradient is None else gradient
     check_choices(solver, gradient, on_failure)
+    refuse_changing_cells(f)
     refuse_transforms(z0, inputs, unrolled=gradient.through_solver and trajectory is None)
     if trajectory is not None and not isinstance(trajectory, Trajectory):
         trajectory = Trajectory(trajectory)
@@ -230,7 +231,6 @@ class DEQ(nn.Module):
 
         With ``trajectory`` also the states that it names; see :func:`fixed_point`.
         """
-        refuse_changing_cells(self.cell)
         if z0 is None:
             z0 = cast(Cell, self.cell).initial_state(*inputs)
         result = fixed_point(

@@ -50,7 +50,8 @@ class ImplicitGradient(Gradient):
     parameters and inputs read that one graph.
 
     Args:
-        solver: solves for u from u = g, to a residual relative to ||g||, so that scaling the loss changes nothing.
+        solver: solves for u from u = g. With ``norm="relative"``, to a residual relative to ||g||, so that scaling the
+            loss changes nothing.
     """
 
     solver: Solver = field(default_factory=Anderson)
@@ -74,7 +75,8 @@ class ImplicitGradient(Gradient):
 
         with torch.no_grad():
             J = f.jacobian(z) if self.solver.needs_jacobian else None
-        return attach_implicit(f.with_inputs, z, f.visible(), J, solve_adjoint)
+        unit = self.solver.norm == "relative"  # an absolute tolerance is one for g as it is
+        return attach_implicit(f.with_inputs, z, f.visible(), J, solve_adjoint, unit=unit)
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,13 @@ Implicit = Callable[[Tensor, Replace], Tensor]
 
 
 def attach_implicit(
-    F: Implicit, w: Tensor, visible: Sequence[Tensor], J: Tensor | None, solve_adjoint: SolveAdjoint
+    F: Implicit,
+    w: Tensor,
+    visible: Sequence[Tensor],
+    J: Tensor | None,
+    solve_adjoint: SolveAdjoint,
+    *,
+    unit: bool = True,
 ) -> Tensor:
     """The fixed point ``w`` of ``F`` with its implicit gradient, of any order.
 
@@ -41,6 +47,7 @@ def attach_implicit(
         visible: tensors that require a gradient and that F may depend on.
         J: ``(B, N, N)`` dF/dw at w, if ``solve_adjoint`` wants it.
         solve_adjoint: solves for u; called with grad mode off.
+        unit: give it a g whose entries are at most 1 in size; u is linear in g, and squares of a tiny g underflow.
 
     Returns:
         ``(B, N)``, the values of ``w``; ``w`` itself if F depends on nothing that requires a gradient.
@@ -56,12 +63,11 @@ def attach_implicit(
 
     def solve_for(fw: Tensor, w: Tensor, g: Tensor) -> Tensor:
         with torch.no_grad(), full_precision(g.device), batched_cotangents_explained():
-            # u is linear in g, so solve for a g of size 1: the squares of a tiny one would underflow. A g that is not
-            # finite (a scaled loss overflowed) goes on as it is, and is no failure of the solve.
+            # A g that is not finite (a scaled loss overflowed) goes on as it is, and is no failure of the solve.
             peak = g.abs().amax(dim=1, keepdim=True) if g.numel() else g[:, :1]
             finite = peak.isfinite()
-            unit = torch.where(finite, g / peak.clamp_min(torch.finfo(g.dtype).tiny), 0)
-            u = solve_adjoint(AdjointMap(w, fw, unit, J)) * peak
+            size = peak.clamp_min(torch.finfo(g.dtype).tiny) if unit else torch.ones_like(peak)
+            u = solve_adjoint(AdjointMap(w, fw, torch.where(finite, g / size, 0), J)) * size
             return torch.where(finite, u, torch.nan)
 
     def first(g: Tensor) -> Tensor:
@@ -91,7 +97,7 @@ def attach_implicit(
 
         u = solve_for(fw_again, gates(w), g)
         of_adjoint = [w, *((g,) if g.requires_grad else ()), *depends.used]
-        u = attach_implicit(adjoint, u, of_adjoint, None if J is None else J.mT, solve_adjoint)
+        u = attach_implicit(adjoint, u, of_adjoint, None if J is None else J.mT, solve_adjoint, unit=unit)
         with gates.closed():  # partial derivatives: w, and what an input depends on, stay as they are
             held = [gates(x) for x in depends.used]
             return torch.autograd.grad(fw_again, held, u, create_graph=True, allow_unused=True)
