@@ -38,7 +38,8 @@ def interleaved(
     Args:
         actions: what is timed.
         rounds: at most.
-        budget: seconds for each action; it takes part in ``MIN_ROUNDS`` rounds at least (or ``rounds``, if less).
+        budget: seconds for each action. One that has spent it sits out after ``MIN_ROUNDS`` rounds, and one so slow that
+            it has spent five times as much sits out at once.
         warm_up: do each action once before, uncounted.
         clock: seconds.
     """
@@ -52,7 +53,7 @@ def interleaved(
             gc.collect()
             gc.disable()  # as timeit does: a collection would fall on whoever's turn it is
             for name in (*names[k % len(names) :], *names[: k % len(names)]):
-                if k >= MIN_ROUNDS and sum(seconds[name]) > budget:
+                if sum(seconds[name]) > (budget if k >= MIN_ROUNDS else 5 * budget):
                     continue
                 start = clock()
                 actions[name]()

@@ -15,7 +15,7 @@ from .contestants import ANDERSON, Contestant, Zoo
 from .counts import Counting
 from .problems import Problem
 
-TOLERANCES = tuple(0.5**k for k in range(1, 20))
+TOLERANCES = tuple(0.5**k for k in range(5, 20))
 TIGHT = Zoo("tight", GMRES(restart=100))
 
 Gradient = Sequence[Tensor]

@@ -43,7 +43,7 @@ class Plan:
     memory_steps: Sequence[int] = (10, 20, 40, 80, 160)
     mixed_tolerances: Sequence[float] = (1e-3, 1e-5)
     compact_shape: tuple[int, int] = (256, 400)
-    rounds: int = 15
+    rounds: int = 11
     seconds: float = 1.0  # of timing, for each action
 
 
