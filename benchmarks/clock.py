@@ -38,8 +38,8 @@ def interleaved(
     Args:
         actions: what is timed.
         rounds: at most.
-        budget: seconds for each action. One that has spent it sits out after ``MIN_ROUNDS`` rounds, and one so slow that
-            it has spent five times as much sits out at once.
+        budget: seconds for each action. One that has spent it sits out after ``MIN_ROUNDS`` rounds, and one that is so
+            slow that it has spent five times as much sits out at once.
         warm_up: do each action once before, uncounted.
         clock: seconds.
     """

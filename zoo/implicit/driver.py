@@ -133,7 +133,7 @@ class _Solve:
             rows.largest_distance = torch.maximum(rows.largest_distance, distance)
             if self.stopped is None:
                 # The common case: no sample stops, and all have come closer.
-                if torch.stack((better, residual > self.solver.tol)).all().item():
+                if (better & (residual > self.solver.tol)).all():
                     rows.best, rows.residual, rows.distance = z, residual, distance
                     if k > 0:
                         rows.improved = self.all_improved
