@@ -31,7 +31,7 @@ def interleaved(
     rounds: int,
     budget: float = float("inf"),
     warm_up: bool = True,
-    clock: Callable[[], float] = time.perf_counter,
+    clock: Callable[[], float] = time.process_time,
 ) -> dict[str, Times]:
     """Time each action once a round. Each round starts with another action.
 
@@ -41,7 +41,8 @@ def interleaved(
         budget: seconds for each action. One that has spent it sits out after ``MIN_ROUNDS`` rounds, and one that is so
             slow that it has spent five times as much sits out at once.
         warm_up: do each action once before, uncounted.
-        clock: seconds.
+        clock: seconds; those of the processor in this process, which on one thread are those of the clock on the wall
+            but for what other processes take.
     """
     for action in actions.values() if warm_up else ():
         action()

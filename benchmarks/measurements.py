@@ -118,10 +118,13 @@ def scale_counts(plan: Plan, tol: float = 1e-5) -> Data:
 
 def traces(plan: Plan, tol: float = 1e-8, max_steps: int = 200) -> Data:
     """The worst sample's residual after each evaluation: ``[problem][solver] -> residuals``."""
-    solvers = (c.ANDERSON, c.BROYDEN, *c.TORCHDEQ)
-    return {
-        name: {s.name: residual_trace(s, p.SOLVED[name](), tol, max_steps) for s in solvers} for name in plan.traced
-    }
+    found: Data = {}
+    for name in plan.traced:
+        problem = p.SOLVED[name]()
+        solvers = (c.ANDERSON, c.BROYDEN, *c.TORCHDEQ)
+        residuals = {s.name: residual_trace(s, problem, tol, max_steps) for s in solvers}
+        found[name] = {s: [float(f"{value:.3g}") for value in values] for s, values in residuals.items()}
+    return found
 
 
 def overheads(plan: Plan) -> Data:

@@ -31,8 +31,8 @@ def markdown(data: Data) -> str:
         (
             f"Made by `python -m benchmarks.solvers` on {machine['date']}: {machine['cpu']}, {machine['threads']} "
             f"thread, Python {machine['python']}, torch {machine['torch']}, TorchDEQ {machine['torchdeq']}. float64 "
-            "unless said. Counts do not depend on the machine. Ratios of times are medians over rounds in which all "
-            "take turns. `(n)` marks a count at which the tolerance was not reached."
+            "unless said. Counts do not depend on the machine. Times are of the processor; their ratios are medians "
+            "over rounds in which all take turns. `(n)` marks a count at which the tolerance was not reached."
         ),
         "![residuals, ratios and memory](solvers.png)",
     ]
@@ -247,8 +247,8 @@ def _plot_gradient(axis: Any, found: Data) -> None:
     names = list(found)
     for i, (label, (colour, ratio_of)) in enumerate(groups.items()):
         ratios = [ratio_of(settings) for settings in found.values()]
-        heights = [0.0 if ratio is None else ratio for ratio in ratios]
-        bars = axis.barh([k + 0.27 * i for k in range(len(names))], heights, 0.27, color=colour, label=label)
+        beyond = [0.0 if ratio is None else ratio - 1 for ratio in ratios]
+        bars = axis.barh([k + 0.27 * i for k in range(len(names))], beyond, 0.27, left=1, color=colour, label=label)
         axis.bar_label(
             bars, ["not reached" if ratio is None else f"{ratio:.1f}" for ratio in ratios], fontsize=8, padding=2
         )
@@ -257,9 +257,10 @@ def _plot_gradient(axis: Any, found: Data) -> None:
         [k + 0.2 for k in range(len(names))], [name.replace(", error ", "\nerror ") for name in names], fontsize=8
     )
     axis.invert_yaxis()
-    axis.margins(x=0.15)
-    axis.set(title="forward + backward: time / time of the zoo's default")
-    axis.legend(fontsize=8)
+    axis.set(title="forward + backward: time / time of the zoo's default", xscale="log", xlim=(0.5, 400))
+    axis.set_xticks([0.5, 1, 2, 5, 10, 20, 50, 100], [0.5, 1, 2, 5, 10, 20, 50, 100])
+    axis.minorticks_off()
+    axis.legend(fontsize=8, loc="upper right")
 
 
 def _plot_memory(axis: Any, found: Data) -> None:
