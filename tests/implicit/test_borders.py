@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from tests.problems import GRADIENTS, SOLVERS
+from tests.problems import GRADIENTS, SOLVERS, tanh_problem
 from zoo.implicit import (
     DEQ,
     Anderson,
@@ -249,3 +249,40 @@ def test_cells_that_change_are_refused_by_the_function_too(module: nn.Module, me
         fixed_point(cell.forward if method else cell, torch.zeros(2, 3))
     cell.eval()
     fixed_point(cell.forward if method else cell, torch.zeros(2, 3), on_failure="ignore")
+
+
+def test_an_unrolled_solve_that_starts_at_the_solution_has_the_gradient_of_one_step() -> None:
+    """Row 0 starts at its solution, so no step of it is recorded."""
+    p = tanh_problem()
+    with torch.no_grad():
+        z, _ = fixed_point(p.cell, p.z0, *p.inputs, solver=Anderson(tol=1e-13, max_steps=200))
+    z0 = torch.cat([z[:1], p.z0[1:]])
+    start, (x,) = z0.clone(), p.inputs
+    found, report = fixed_point(
+        p.cell, start, x, solver=FixedPointIteration(tol=1e-9, max_steps=200), gradient=UnrolledGradient()
+    )
+    assert report.steps[0] == 0
+    (gradient,) = torch.autograd.grad(found[0].sum(), x)
+    (expected,) = torch.autograd.grad(p.cell(z, x)[0].sum(), x)
+    torch.testing.assert_close(gradient, expected, rtol=1e-6, atol=1e-12)
+    assert gradient[0].abs().min() > 0
+
+
+@pytest.mark.parametrize(
+    ("make", "error", "text"),
+    [
+        (lambda: DEQ(lambda z, x: z), TypeError, "takes a module with"),  # type: ignore[arg-type]
+        (lambda: DEQ(nn.Linear(3, 3))(torch.zeros(2, 3)), TypeError, "has no method initial_state"),
+        (lambda: fixed_point(torch.tanh, torch.zeros(2, 3), trajectory=4), TypeError, "numbers of updates"),  # type: ignore[call-overload]
+        (lambda: jacobian_penalty(torch.tanh, torch.zeros(2, 3), probes=2.5), ValueError, "an integer >= 1"),  # type: ignore[arg-type]
+    ],
+    ids=["function", "no initial state", "one step", "probes"],
+)
+def test_what_is_given_and_what_was_expected(make: Any, error: type[Exception], text: str) -> None:
+    with pytest.raises(error, match=text):
+        make()
+
+
+def test_the_penalty_says_that_it_differentiates() -> None:
+    with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad"):
+        jacobian_penalty(torch.tanh, torch.zeros(2, 3))

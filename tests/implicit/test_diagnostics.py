@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, parametrize
 from torch.utils import _pytree as pytree
 
 from tests.problems import PROBLEMS, Counting, flat, generator, slow_symmetric, tanh_problem, unflat
-from zoo.implicit import DEQ, Anderson, FixedPointIteration, SolverReport, fixed_point
+from zoo.implicit import DEQ, Anderson, FixedPointIteration, SolverReport, VariationalDropout, fixed_point, one_draw
 from zoo.implicit.diagnostics import path_independence, spectral_radius
 from zoo.implicit.plots import convergence_plot
 
@@ -545,3 +545,13 @@ def test_reports_that_cannot_be_drawn() -> None:
         convergence_plot({})
     with pytest.raises(TypeError, match=r"takes a mapping of names to solver reports.* given: SolverReport"):
         convergence_plot(report_of(torch.ones(2, 3)))  # type: ignore[arg-type]
+
+
+def test_path_independence_refuses_masks_that_change() -> None:
+    cell = nn.Sequential(nn.Linear(3, 3), VariationalDropout(0.5))
+    z = torch.zeros(2, 3)
+    with pytest.raises(ValueError, match="would draw other masks each time"):
+        path_independence(cell, z)
+    with one_draw():
+        path_independence(cell, z)
+    path_independence(cell.eval(), z)

@@ -326,3 +326,13 @@ def test_deq_says_so() -> None:
     p = tanh_problem()
     assert DEQ(p.cell, recompute=True).recompute
     assert not DEQ(p.cell).recompute
+
+
+def test_weights_changed_before_the_backward_pass_are_refused() -> None:
+    """Recomputed with other weights, the gradient would be that of another function."""
+    p = tanh_problem()
+    z, _ = fixed_point(p.cell, p.z0, *p.inputs, recompute=True)
+    with torch.no_grad():
+        p.cell.W += 0.1
+    with pytest.raises(RuntimeError, match="changed in place since the forward pass"):
+        z.sum().backward()

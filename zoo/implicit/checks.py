@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any, cast
+
 from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
@@ -9,6 +11,7 @@ from torch.nn.modules.dropout import _DropoutNd
 from .gradients import Gradient
 from .report import check_on_failure
 from .solvers import Solver
+from .state import State
 
 
 def refuse_changing_cells(f: object) -> None:
@@ -41,3 +44,22 @@ def check_choices(solver: Solver, gradient: Gradient, on_failure: str) -> None:
     if not isinstance(gradient, Gradient):
         raise TypeError(f"gradient= takes a gradient object, like ImplicitGradient(); given: {gradient!r}")
     check_on_failure(on_failure)
+
+
+def check_cell(cell: object) -> None:
+    """Raise unless it is a module."""
+    if not isinstance(cell, nn.Module):
+        raise TypeError(
+            "DEQ(cell) takes a module with cell(z, *inputs) -> z and cell.initial_state(*inputs) -> z0; "
+            f"given: {type(cell).__name__}. For a plain function there is fixed_point(f, z0, *inputs)"
+        )
+
+
+def initial_state(cell: nn.Module, *inputs: State) -> State:
+    """The state z0 that the cell starts from; raises if it does not know one."""
+    if not hasattr(cell, "initial_state"):
+        raise TypeError(
+            f"the cell, a {type(cell).__name__}, has no method initial_state(*inputs) -> z0; give it one, or a start: "
+            "deq(x, z0=...)"
+        )
+    return cast(Any, cell).initial_state(*inputs)

@@ -6,10 +6,11 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .compiled import eagerly
+from .dropout import VariationalDropout, current_draws
 from .equilibrium import _forget_weights_without_graph, fixed_point
 from .maps import FlatMap, full_precision
 from .solvers import Solver
@@ -178,6 +179,15 @@ def path_independence(
         ValueError: ``starts`` or ``scale`` is out of its range.
         TypeError: ``solver`` is no solver.
     """
+    cell = getattr(f, "__self__", f)
+    if current_draws() is None and isinstance(cell, nn.Module):
+        for name, module in cell.named_modules():
+            if isinstance(module, VariationalDropout) and module.training and module.p > 0:
+                raise ValueError(
+                    f"path_independence solves several times, and {name or 'the cell'}, a VariationalDropout in "
+                    "training mode, would draw other masks each time: put the cell in eval mode, or make the first "
+                    "solve and this call within one_draw()"
+                )
     if not _is_count(starts, at_least=1):
         raise ValueError(f"path_independence(starts=...) takes an integer >= 1; given: {starts!r}")
     if not (_is_number(scale) and 0 < scale < float("inf")):

@@ -12,16 +12,16 @@ from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from .checks import check_choices, refuse_changing_cells
+from .checks import check_cell, check_choices, initial_state, refuse_changing_cells
 from .compiled import buffers_kept
 from .dropout import one_draw
 from .gradients import Gradient, ImplicitGradient, OnAdjoint
 from .maps import FlatMap, autocast_dtype, full_precision
 from .report import OnFailure, SolverReport, act_on_failure
 from .solvers import Anderson, Solver
-from .stages import solve_in_slices, solve_in_stages
+from .stages import one_step_where_none_was_made, solve_in_slices, solve_in_stages
 from .state import State, StateView
-from .trajectory import Trajectory
+from .trajectory import Trajectory, as_trajectory
 from .transforms import current_transform, in_dual_level, refuse_dual, refuse_transforms, unwrapped
 
 _SOLVER, _GRADIENT = Anderson(), ImplicitGradient()
@@ -115,7 +115,7 @@ def fixed_point(
     refuse_changing_cells(f)
     refuse_transforms(z0, inputs, unrolled=gradient.through_solver and trajectory is None)
     if trajectory is not None and not isinstance(trajectory, Trajectory):
-        trajectory = Trajectory(trajectory)
+        trajectory = as_trajectory(trajectory)
     if trajectory is not None and max(trajectory.steps) > solver.max_steps:
         raise ValueError(
             f"the states of a trajectory are among the solver's max_steps={solver.max_steps} updates; "
@@ -166,6 +166,8 @@ def fixed_point(
                 states = [] if trajectory is None else [attached(kept[k].detach(), trajectory.gradient) for k in keep]
             if in_dual_level() and not gradient.through_solver:
                 refuse_dual(flat_map(z))  # f may hold a dual tensor
+            if unrolling and not start.requires_grad:
+                z = one_step_where_none_was_made(flat_map, z, report)
         act_on_failure(report, on_failure, f"the fixed-point solve with {solver}")
         z = attached(z, gradient)
     if trajectory is None:
@@ -203,6 +205,7 @@ class DEQ(nn.Module):
         recompute: bool = False,
     ) -> None:
         super().__init__()
+        check_cell(cell)
         self.cell = cell
         self.recompute = recompute
         self.solver = Anderson() if solver is None else solver
@@ -232,7 +235,7 @@ class DEQ(nn.Module):
         With ``trajectory`` also the states that it names; see :func:`fixed_point`.
         """
         if z0 is None:
-            z0 = cast(Cell, self.cell).initial_state(*inputs)
+            z0 = initial_state(self.cell, *inputs)
         result = fixed_point(
             self.cell,
             z0,

@@ -114,7 +114,8 @@ class PhantomGradient(Gradient):
 
     Geng, Zhang, Bai, Wang and Lin, "On Training Implicit Models" (NeurIPS 2021). No adjoint solve; a biased gradient
     whose error falls with ``steps``. ``steps=1, damping=1`` is the one-step, or Jacobian-free, gradient (u = g) of Fung
-    et al., "JFB" (AAAI 2022). Memory grows with ``steps``.
+    et al., "JFB" (AAAI 2022). Memory grows with ``steps``. Second derivatives are those of the recorded steps,
+    biased too.
 
     Args:
         steps: iterations that are recorded, at least 1.
@@ -148,7 +149,11 @@ class PhantomGradient(Gradient):
 
 @dataclass(frozen=True)
 class UnrolledGradient(Gradient):
-    """Backpropagation through the solver's own iterations, whichever they were. Memory grows with them."""
+    """Backpropagation through the solver's own iterations, whichever they were. Memory grows with them.
+
+    A sample that starts at its solution has no iterations; it gets the gradient of one step (unless z0 itself requires
+    a gradient, which it then receives).
+    """
 
     through_solver: ClassVar[bool] = True
 

@@ -63,7 +63,8 @@ class FlatMap:
 
     def __call__(self, z: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            value: Tensor = checkpoint(_with_present_weights(self._evaluate_again), z, use_reentrant=False)
+            evaluate = _with_present_weights(_refusing_changes(self._evaluate_again, self.visible()))
+            value: Tensor = checkpoint(evaluate, z, use_reentrant=False)
             return value
         return self._evaluate(z)
 
@@ -204,6 +205,21 @@ def _with_present_weights(evaluate: Callable[[Tensor], Tensor]) -> Callable[[Ten
             return evaluate(z)
         finally:
             parametrize._cache_enabled, parametrize._cache = around  # noqa: SLF001
+
+    return here
+
+
+def _refusing_changes(evaluate: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> Callable[[Tensor], Tensor]:
+    """``evaluate``, which raises when ``tensors`` have been changed in place since now."""
+    versions = [x._version for x in tensors if not x.is_inference()]  # noqa: SLF001 - torch's own count of changes
+
+    def here(z: Tensor) -> Tensor:
+        if [x._version for x in tensors if not x.is_inference()] != versions:  # noqa: SLF001
+            raise RuntimeError(
+                "recompute=True evaluates f again in the backward pass, and an input or a weight of f has been changed "
+                "in place since the forward pass: do the backward pass first, or take recompute=False"
+            )
+        return evaluate(z)
 
     return here
 

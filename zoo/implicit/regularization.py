@@ -10,6 +10,7 @@ from torch.utils import _pytree as pytree
 
 from .compiled import eagerly
 from .maps import FlatMap
+from .solvers.base import _is_count
 from .state import State, StateView
 
 
@@ -29,10 +30,15 @@ def jacobian_penalty(f: Callable[..., State], z: State, *inputs: State, probes: 
         ``(B,)``.
 
     Raises:
-        ValueError: ``probes < 1``.
+        ValueError: ``probes`` is not an integer >= 1.
+        RuntimeError: in ``torch.inference_mode``.
     """
-    if probes < 1:
+    if not _is_count(probes, at_least=1):
         raise ValueError(f"jacobian_penalty(probes=...) takes an integer >= 1; given: {probes!r}")
+    if torch.is_inference_mode_enabled():
+        raise RuntimeError(
+            "jacobian_penalty differentiates, which torch.inference_mode forbids; use torch.no_grad there"
+        )
     z = pytree.tree_map(torch.Tensor.detach, z)
     view = StateView(z)
     with torch.enable_grad(), eagerly():

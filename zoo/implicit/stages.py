@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .driver import solve
+from .implicit_function import attach_straight_through
 from .maps import FlatMap
 from .report import SolverReport
 from .solvers import Solver
@@ -74,3 +75,14 @@ def joined(reports: Sequence[SolverReport]) -> SolverReport:
         row_evaluations=sum(report.row_evaluations for report in reports),
         trace=torch.cat(traces) if traces else None,
     )
+
+
+def one_step_where_none_was_made(f: FlatMap, z: Tensor, report: SolverReport) -> Tensor:
+    """``z`` with a one-step gradient for samples that an unrolled solve found at their solution.
+
+    No step of theirs was recorded, and their gradient would be 0 without a word.
+    """
+    at_start = report.converged & (report.steps == 0)
+    if not at_start.any():
+        return z
+    return torch.where(at_start.unsqueeze(1), attach_straight_through(f(z.detach()), z.detach()), z)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal, get_args
 
@@ -47,6 +47,13 @@ class Trajectory:
                 f"given: {self.gradient!r}"
             )
         object.__setattr__(self, "steps", steps)
+
+
+def as_trajectory(steps: Iterable[int]) -> Trajectory:
+    """``Trajectory(steps)``, with an error that tells what may be given."""
+    if not isinstance(steps, Iterable):
+        raise TypeError(f"trajectory= takes numbers of updates, like [4, 8], or a Trajectory; given: {steps!r}")
+    return Trajectory(tuple(steps))
 
 
 def correction_weights(count: int, kind: Weights = "exponential", gamma: float = 0.8) -> list[float]:
