@@ -18,6 +18,7 @@ from zoo.implicit import (
     GMRES,
     Anderson,
     BiCGSTAB,
+    Broyden,
     FixedPointIteration,
     ImplicitGradient,
     Newton,
@@ -413,3 +414,21 @@ def test_a_row_that_is_not_finite_stays_alone(solver: Solver, bad: float) -> Non
     f.A[1] = 0
     torch.testing.assert_close(u[[0, 2]], f.exact()[[0, 2]], rtol=0, atol=1e-7)
     assert u.isfinite().all()
+
+
+@pytest.mark.parametrize("adjoint", [GMRES(), BiCGSTAB(), Anderson(), Broyden()], ids=lambda s: type(s).__name__)
+def test_a_singular_adjoint_has_not_converged(adjoint: Solver) -> None:
+    """I - J has no inverse, so u grows until g is lost in rounding, where the difference of iterates is 0."""
+    J = torch.diag(torch.tensor([1.0, 0.5, 0.2, 0.1, 0.3, 0.4]))
+    x = torch.zeros(2, 6, requires_grad=True)
+    z, _ = fixed_point(
+        lambda z, x: z @ J + x,
+        torch.zeros(2, 6),
+        x,
+        gradient=ImplicitGradient(replace(adjoint, max_steps=60)),
+        on_failure="ignore",
+        on_adjoint=(reports := []).append,
+    )
+    z.sum().backward()
+    assert not reports[0].converged.any()
+

@@ -213,6 +213,10 @@ class _Solve:
 def _residual(z: Tensor, fz: Tensor, solver: Solver, scale: Tensor | None) -> tuple[Tensor, Tensor]:
     """``(B,)`` ||f(z) - z||, and the same in the solver's norm."""
     distance: Tensor = torch.linalg.vector_norm(fz - z, dim=1)
+    if scale is not None:
+        # Where u is huge, g is lost in the rounding of J^T u + g, and the difference says nothing below this.
+        rounding = torch.finfo(distance.dtype).eps * torch.linalg.vector_norm(z, dim=1)
+        distance = torch.maximum(distance, rounding)
     if solver.norm == "absolute":
         return distance, distance
     if scale is None:
