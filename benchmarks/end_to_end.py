@@ -92,7 +92,7 @@ def forward_tolerances(
 
     def error(tol: float) -> float:
         z = s.solve(problem.f, problem, tol, max_steps)
-        return relative_error(exact_gradient(problem, z, tol=1e-6), reference)
+        return relative_error(exact_gradient(problem, z, tol=1e-5), reference)
 
     return loosest(error, levels)
 

@@ -241,7 +241,9 @@ def test_in_place_changes_of_the_result_do_not_reach_the_gradient() -> None:
     assert torch.equal(gradient(in_place=True), gradient(in_place=False))
 
 
-@pytest.mark.parametrize("module", [nn.BatchNorm1d(3), nn.Dropout(0.5)], ids=["batch_norm", "dropout"])
+@pytest.mark.parametrize(
+    "module", [nn.BatchNorm1d(3), nn.Dropout(0.5), nn.RNN(3, 3, 2, dropout=0.5)], ids=lambda m: type(m).__name__
+)
 @pytest.mark.parametrize("method", [False, True])
 def test_cells_that_change_are_refused_by_the_function_too(module: nn.Module, method: bool) -> None:
     cell = nn.Sequential(nn.Linear(3, 3), module).train()
@@ -286,3 +288,9 @@ def test_what_is_given_and_what_was_expected(make: Any, error: type[Exception], 
 def test_the_penalty_says_that_it_differentiates() -> None:
     with torch.inference_mode(), pytest.raises(RuntimeError, match=r"use torch\.no_grad"):
         jacobian_penalty(torch.tanh, torch.zeros(2, 3))
+
+
+@pytest.mark.parametrize("module", [nn.MultiheadAttention(4, 2, dropout=0.1), nn.LSTM(4, 4, 2, dropout=0.1)])
+def test_dropout_inside_of_torchs_modules_is_refused(module: nn.Module) -> None:
+    with pytest.raises(ValueError, match="it draws a new mask at each evaluation"):
+        fixed_point(nn.Sequential(module), torch.zeros(2, 3, 4))

@@ -431,4 +431,3 @@ def test_a_singular_adjoint_has_not_converged(adjoint: Solver) -> None:
     )
     z.sum().backward()
     assert not reports[0].converged.any()
-

@@ -24,7 +24,9 @@ def refuse_changing_cells(f: object) -> None:
                 "samples would depend on each other, and its running statistics move at each evaluation of one solve; "
                 "use GroupNorm or LayerNorm, or put it in eval mode"
             )
-        if isinstance(module, _DropoutNd) and module.training and module.p > 0:
+        inside = isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0
+        dropout = isinstance(module, _DropoutNd) and module.p > 0
+        if (dropout or inside) and module.training:
             raise ValueError(
                 f"the cell holds a {type(module).__name__} in training mode ({name or 'the cell itself'}): it draws "
                 "a new mask at each evaluation, so there is no fixed point; use zoo.implicit.VariationalDropout, "

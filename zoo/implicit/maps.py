@@ -63,7 +63,9 @@ class FlatMap:
 
     def __call__(self, z: Tensor) -> Tensor:
         if self.recompute and torch.is_grad_enabled():
-            evaluate = _with_present_weights(_refusing_changes(self._evaluate_again, self.visible()))
+            inputs = [x for x in pytree.tree_leaves(self.inputs) if isinstance(x, Tensor)]
+            evaluate = _refusing_changes(self._evaluate_again, [*inputs, *self.parameters.values()])
+            evaluate = _with_present_weights(evaluate)
             value: Tensor = checkpoint(evaluate, z, use_reentrant=False)
             return value
         return self._evaluate(z)
