@@ -9,6 +9,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
 from .gradients import Gradient
+from .maps import module_of
 from .report import check_on_failure
 from .solvers import Solver
 from .state import State
@@ -16,8 +17,8 @@ from .state import State
 
 def refuse_changing_cells(f: object) -> None:
     """Raise for modules (and methods of modules) that are another function at each evaluation, or mix samples."""
-    cell = getattr(f, "__self__", f)
-    for name, module in cell.named_modules() if isinstance(cell, nn.Module) else ():
+    cell = module_of(f)
+    for name, module in () if cell is None else cell.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats):
             raise ValueError(
                 f"the cell holds a {type(module).__name__} that uses batch statistics ({name or 'the cell itself'}): "

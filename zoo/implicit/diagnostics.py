@@ -6,15 +6,16 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .compiled import eagerly
 from .dropout import VariationalDropout, current_draws
 from .equilibrium import _forget_weights_without_graph, fixed_point
-from .maps import FlatMap, full_precision
+from .maps import FlatMap, full_precision, module_of
 from .solvers import Solver
 from .solvers.base import _is_count, _is_number
+from .solvers.krylov import orthogonalized
 from .state import State, StateView
 
 
@@ -92,7 +93,7 @@ def spectral_radius(
 def _arnoldi(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> Tensor:
     """``(B, steps, steps)`` H = V^T A V, upper Hessenberg, where V is an orthonormal basis of the Krylov space of A.
 
-    Classical Gram-Schmidt, twice. Where the space ends early, the rows and columns of H after it are 0.
+    Where the space ends early, the rows and columns of H after it are 0.
     """
     batch, size = start.shape
     V = start.new_zeros(batch, steps, size)
@@ -103,10 +104,7 @@ def _arnoldi(product: Callable[[Tensor], Tensor], start: Tensor, steps: int) -> 
         w = product(V[:, k])
         known = V[:, : k + 1]
         length = _length(w)
-        for _ in range(2):
-            h = torch.bmm(w.unsqueeze(1), known.mT)  # (B, 1, k + 1); as rows, since bmm is slow with columns on a CPU
-            w = w - torch.bmm(h, known).squeeze(1)
-            H[:, : k + 1, k] += h.squeeze(1)
+        w, H[:, : k + 1, k] = orthogonalized(w, known)
         if k + 1 < steps:
             rest = _length(w)
             goes_on = rest > rounding * length
@@ -179,8 +177,8 @@ def path_independence(
         ValueError: ``starts`` or ``scale`` is out of its range.
         TypeError: ``solver`` is no solver.
     """
-    cell = getattr(f, "__self__", f)
-    if current_draws() is None and isinstance(cell, nn.Module):
+    cell = module_of(f)
+    if current_draws() is None and cell is not None:
         for name, module in cell.named_modules():
             if isinstance(module, VariationalDropout) and module.training and module.p > 0:
                 raise ValueError(

@@ -114,7 +114,7 @@ class _Solve:
                 if done or last:
                     break
                 if solver.compact and self.stopped is not None:
-                    z, fz, memory = self._drop_stopped(z, fz, memory)
+                    z, fz, memory = self._drop(self.stopped, z, fz, memory)
             elif self.trace is not None:
                 self.trace.append(torch.full_like(self.whole.residual, torch.nan))
             proposed, memory = solver.step(self.f, k, z, fz, memory)
@@ -166,9 +166,9 @@ class _Solve:
         self.stopped = now_stopped if some_stopped else None
         return bool(all_stopped)
 
-    def _drop_stopped(self, z: Tensor, fz: Tensor, memory: Any) -> tuple[Tensor, Tensor, Any]:
+    def _drop(self, stopped: Tensor, z: Tensor, fz: Tensor, memory: Any) -> tuple[Tensor, Tensor, Any]:
         """Take the samples that stopped out of the batch, if they are many enough to be worth it."""
-        index = (~(self.rows.converged | self.rows.failed)).nonzero().squeeze(1)
+        index = (~stopped).nonzero().squeeze(1)
         if index.numel() > (1 - _DROP_FROM) * z.shape[0]:
             return z, fz, memory
         self.whole = self._rows_of_all()

@@ -35,6 +35,12 @@ _IN_PLACE = (
 )
 
 
+def module_of(f: object) -> nn.Module | None:
+    """The module that f is, or is a bound method of."""
+    owner = getattr(f, "__self__", f)
+    return owner if isinstance(owner, nn.Module) else None
+
+
 class FlatMap:
     """f(z, *inputs) on ``(B, N)`` matrices, called in the autocast state in which this object was made.
 
@@ -54,8 +60,7 @@ class FlatMap:
         self.recompute = recompute
         self.autocast_dtype = autocast_dtype(view.device)
         self.draws = current_draws()
-        owner = getattr(f, "__self__", f)  # of a bound method
-        self.owner = owner if isinstance(owner, nn.Module) else None
+        self.owner = module_of(f)
         self.parameters: dict[str, Tensor] = {}
         if self.owner is not None and torch.is_grad_enabled():
             self.parameters.update(self.owner.named_parameters())
@@ -97,11 +102,8 @@ class FlatMap:
         # Inference tensors have no such count. A change may not show in the first call, where z is often 0.
         before = z.clone() if version is None and self._calls < 2 else None
         self._calls += 1
-        if self.autocast_dtype is None:
+        with self._autocast():
             value = self.f(self.view.unflatten(z), *self.inputs)
-        else:
-            with torch.autocast(self.view.device.type, dtype=self.autocast_dtype):
-                value = self.f(self.view.unflatten(z), *self.inputs)
         if before is not None and not torch.equal(before.nan_to_num(), z.nan_to_num()):
             raise RuntimeError(_IN_PLACE)
         if version is not None and z._version != version:  # noqa: SLF001

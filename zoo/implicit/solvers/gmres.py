@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from .base import AffineMap, Map, Solver, _is_count
+from .krylov import orthogonalized
 
 
 class Memory(NamedTuple):
@@ -90,11 +91,7 @@ class GMRES(Solver):
         w = V[:, j] - (fv - g)
         size = torch.linalg.vector_norm(w, dim=1)
         basis = V[:, : j + 1]
-        h = torch.bmm(w.unsqueeze(1), basis.mT)
-        w = w - torch.bmm(h, basis).squeeze(1)
-        again = torch.bmm(w.unsqueeze(1), basis.mT)  # what rounding left
-        w = w - torch.bmm(again, basis).squeeze(1)
-        h = (h + again).squeeze(1)
+        w, h = orthogonalized(w, basis)
         rounding = torch.finfo(w.dtype).eps * size.clamp_min(torch.finfo(w.dtype).tiny ** 0.5)
         length = torch.linalg.vector_norm(w, dim=1).clamp_min(rounding)
         H[:, : j + 1, j] = h

@@ -42,7 +42,7 @@ class Secants(NamedTuple):
             secants = Secants(*(buffer.clone() for buffer in self))
         S, Y, SY, SS = secants.S, secants.Y, secants.SY, secants.SS
         s, y = z - self.z, r - self.r
-        moved = (s != 0).any(dim=1, keepdim=True)  # a sample that has stopped does not
+        moved = (s != 0).any(dim=1, keepdim=True)  # a sample that sits at its solution does not
         length = torch.linalg.vector_norm(torch.where(moved, s, 1), dim=1, keepdim=True)
         s, y = s / length, y / length
         slot, count = (k - 1) % size, min(k, size)
