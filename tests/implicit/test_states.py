@@ -158,8 +158,8 @@ def test_a_channels_last_state_stays_so(method: Method, shape: tuple[int, ...], 
         seen.append(z.is_contiguous(memory_format=layout))
         return 0.5 * z + x
 
-    z0 = torch.zeros(shape).contiguous(memory_format=layout)
-    x = torch.randn(shape).requires_grad_()
+    z0 = torch.zeros(shape, dtype=torch.float64).contiguous(memory_format=layout)
+    x = torch.randn(shape, dtype=torch.float64).requires_grad_()
     z, _ = fixed_point(f, z0, x, solver=type(method.solver)(), gradient=method.gradient)
     assert all(seen)
     assert z.is_contiguous(memory_format=layout)
