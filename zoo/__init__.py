@@ -7,6 +7,7 @@
 
 from . import implicit
 from .errors import InputError
+from .mdeq import MDEQ, MDEQCell, MDEQSegmenter
 from .registry import ModelSpec, create_model, list_models, register_model, spec_of
 from .tanh import TanhCell, TanhDEQ
 from .weights import (
@@ -19,7 +20,10 @@ from .weights import (
 )
 
 __all__ = [
+    "MDEQ",
     "InputError",
+    "MDEQCell",
+    "MDEQSegmenter",
     "ModelSpec",
     "ReinitializedWarning",
     "TanhCell",
