@@ -10,8 +10,9 @@ from torch import Tensor
 from torch.utils import _pytree as pytree
 
 from .compiled import eagerly
+from .computed_weights import forget_weights_without_graph
 from .dropout import VariationalDropout, current_draws
-from .equilibrium import _forget_weights_without_graph, fixed_point
+from .equilibrium import fixed_point
 from .maps import FlatMap, full_precision, module_of
 from .solvers import Solver
 from .solvers.base import _is_count, _is_number
@@ -69,7 +70,7 @@ def spectral_radius(
         z, inputs = pytree.tree_map_only(Tensor, _constant, (z, inputs))
         view = StateView(z)
         flat_map = FlatMap(f, view, inputs)
-        _forget_weights_without_graph()  # those of inference mode cannot be saved for the products
+        forget_weights_without_graph()  # those of inference mode cannot be saved for the products
         with torch.enable_grad(), full_precision(view.device), eagerly():
             z_in = view.flatten(z).requires_grad_()
             fz = flat_map(z_in)

@@ -2,18 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from dataclasses import fields, replace
-from typing import Any, Protocol, cast, overload
+from typing import Protocol, cast, overload
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from .checks import check_cell, check_choices, initial_state, refuse_changing_cells
 from .compiled import buffers_kept
+from .computed_weights import computed_once, forget_weights_without_graph
 from .dropout import one_draw
 from .gradients import Gradient, ImplicitGradient, OnAdjoint
 from .maps import FlatMap, autocast_dtype, full_precision
@@ -23,6 +23,7 @@ from .stages import one_step_where_none_was_made, solve_in_slices, solve_in_stag
 from .state import State, StateView
 from .trajectory import Trajectory, as_trajectory
 from .transforms import current_transform, in_dual_level, refuse_dual, refuse_transforms, unwrapped
+from .unroll import check_steps, unroll
 
 _SOLVER, _GRADIENT = Anderson(), ImplicitGradient()
 
@@ -139,16 +140,16 @@ def fixed_point(
     def attached(z: Tensor, gradient: Gradient) -> Tensor:
         with_graph = z
         if recording:
-            _forget_weights_without_graph()
+            forget_weights_without_graph()
             with torch.enable_grad():
                 with_graph = gradient.attach(flat_map, z, finish_adjoint)
         # Never the caller's storage (z0, an input) nor what a graph has saved: the caller may change z* in place.
         return z.clone() if with_graph is z else with_graph
 
     if recording:
-        _forget_weights_without_graph()
+        forget_weights_without_graph()
     keeping = buffers_kept() if recording else nullcontext()
-    with one_draw(), _parametrizations_computed_once(f), full_precision(view.device), keeping:
+    with one_draw(), computed_once(f), full_precision(view.device), keeping:
         flat_map = FlatMap(f, view, inputs, recompute=recompute)
         if solver.bfloat16_until is None:
             flat_map = flat_map.in_precision(ambient)
@@ -183,10 +184,12 @@ class DEQ(nn.Module):
         solver: how it is solved; ``Anderson()`` by default.
         gradient: how it is differentiated; ``ImplicitGradient()`` by default.
         on_failure, recompute: see :func:`fixed_point`.
+        unrolled: if given, nothing is solved: the cell is applied so often, and all that is backpropagated through, as
+            :func:`~zoo.implicit.unroll.unroll` says. The attribute may be set, and set to None again, at any time.
 
     Attributes:
         report: the :class:`SolverReport` of the last call; None before the first.
-        adjoint_report: that of the last adjoint solve, written in the backward pass.
+        adjoint_report: that of the last adjoint solve, written in the backward pass; None after an unrolled call.
 
     Example:
         >>> deq = DEQ(TanhCell(50), solver=Anderson(tol=1e-5), gradient=ImplicitGradient())
@@ -203,17 +206,29 @@ class DEQ(nn.Module):
         gradient: Gradient | None = None,
         on_failure: OnFailure = "warn",
         recompute: bool = False,
+        unrolled: int | None = None,
     ) -> None:
         super().__init__()
         check_cell(cell)
         self.cell = cell
         self.recompute = recompute
+        self.unrolled = unrolled
         self.solver = Anderson() if solver is None else solver
         self.gradient = ImplicitGradient() if gradient is None else gradient
         self.on_failure: OnFailure = on_failure
         self.report: SolverReport | None = None
         self.adjoint_report: SolverReport | None = None
         check_choices(self.solver, self.gradient, on_failure)
+
+    @property
+    def unrolled(self) -> int | None:
+        return self._unrolled
+
+    @unrolled.setter
+    def unrolled(self, steps: int | None) -> None:
+        if steps is not None:
+            check_steps("DEQ(unrolled=...)", steps)
+        self._unrolled = steps
 
     @overload
     def forward(
@@ -233,9 +248,14 @@ class DEQ(nn.Module):
         """z* for these inputs, from ``z0`` or the cell's own initial state, and the report of the solve.
 
         With ``trajectory`` also the states that it names; see :func:`fixed_point`.
+
+        Raises:
+            ValueError: ``trajectory`` is asked for while ``unrolled`` is set; and what :func:`fixed_point` raises.
         """
         if z0 is None:
             z0 = initial_state(self.cell, *inputs)
+        if self.unrolled is not None:
+            return self._unroll(self.unrolled, z0, *inputs, trace=trace, trajectory=trajectory)
         result = fixed_point(
             self.cell,
             z0,
@@ -251,41 +271,25 @@ class DEQ(nn.Module):
         self.report = _to_keep(result[1])
         return cast(tuple[State, SolverReport], result)
 
+    def _unroll(
+        self, steps: int, z0: State, *inputs: State, trace: bool, trajectory: object
+    ) -> tuple[State, SolverReport]:
+        if trajectory is not None:
+            raise ValueError(
+                f"a trajectory has states of a solve, and with unrolled={steps} there is none: set unrolled=None first"
+            )
+        z, report = unroll(
+            self.cell, z0, *inputs, steps=steps, solver=self.solver, trace=trace, recompute=self.recompute
+        )
+        self.report, self.adjoint_report = _to_keep(report), None
+        return z, report
+
     def extra_repr(self) -> str:
-        return f"solver={self.solver}, gradient={self.gradient}"
+        steps = "" if self.unrolled is None else f", unrolled={self.unrolled}"
+        return f"solver={self.solver}, gradient={self.gradient}{steps}"
 
     def _keep_adjoint_report(self, report: SolverReport) -> None:
         self.adjoint_report = _to_keep(report)
-
-
-@contextmanager
-def _parametrizations_computed_once(f: object) -> Iterator[None]:
-    """Within this context parametrised weights of f are computed once, here and in the ambient grad mode.
-
-    Left to themselves they would be computed, and cached, in the solver's no-grad loop: without a graph.
-    """
-    modules = f.modules() if isinstance(f, nn.Module) else ()
-    parametrized = [m for m in modules if parametrize.is_parametrized(m)]
-    if not parametrized:
-        yield
-        return
-    with parametrize.cached():
-        for m in parametrized:
-            for name in cast(Any, m.parametrizations):
-                getattr(m, name)
-        yield
-
-
-def _forget_weights_without_graph() -> None:
-    """Drop what was cached under no_grad, so that a recorded evaluation makes its weights anew, with a graph.
-
-    That concerns autocast's low-precision weights, and parametrised ones within ``parametrize.cached()``, the
-    caller's or our own, wherever f keeps them.
-    """
-    torch.clear_autocast_cache()
-    cache = parametrize._cache  # noqa: SLF001 - torch has no public way to empty it
-    for key in [key for key, weight in cache.items() if weight is not None and not weight.requires_grad]:
-        del cache[key]
 
 
 def _to_keep(report: SolverReport) -> SolverReport:

@@ -10,12 +10,12 @@ from typing import Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.nn.utils.stateless import _reparametrize_module
 from torch.utils import _pytree as pytree
 from torch.utils.checkpoint import checkpoint
 
 from .compiled import eagerly
+from .computed_weights import with_present_weights
 from .dropout import current_draws, use_draws
 from .state import State, StateView
 
@@ -70,7 +70,7 @@ class FlatMap:
         if self.recompute and torch.is_grad_enabled():
             inputs = [x for x in pytree.tree_leaves(self.inputs) if isinstance(x, Tensor)]
             evaluate = _refusing_changes(self._evaluate_again, [*inputs, *self.parameters.values()])
-            evaluate = _with_present_weights(evaluate)
+            evaluate = with_present_weights(evaluate)
             value: Tensor = checkpoint(evaluate, z, use_reentrant=False)
             return value
         return self._evaluate(z)
@@ -196,21 +196,6 @@ class AdjointMap:
 
     def select(self, index: Tensor) -> AdjointMap:
         raise NotImplementedError("an adjoint solve reads one graph of all rows; its solver takes compact=False")
-
-
-def _with_present_weights(evaluate: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
-    """``evaluate``, for which parametrised weights are cached, or not, as they are here and now."""
-    enabled, weights = parametrize._cache_enabled, dict(parametrize._cache)  # noqa: SLF001 - torch has no public way
-
-    def here(z: Tensor) -> Tensor:
-        around = parametrize._cache_enabled, parametrize._cache  # noqa: SLF001
-        parametrize._cache_enabled, parametrize._cache = enabled, dict(weights)  # noqa: SLF001
-        try:
-            return evaluate(z)
-        finally:
-            parametrize._cache_enabled, parametrize._cache = around  # noqa: SLF001
-
-    return here
 
 
 def _refusing_changes(evaluate: Callable[[Tensor], Tensor], tensors: list[Tensor]) -> Callable[[Tensor], Tensor]:
