@@ -9,6 +9,7 @@ Letters: B batch, n branches, C_i channels of branch i, H_i x W_i = H_0/2^i x W_
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 from functools import partial
 from typing import Any
@@ -181,7 +182,7 @@ class ClassificationHead(nn.Module):
         )
         self.down = nn.ModuleList(
             nn.Sequential(conv(a, b, 3, stride=2, bias=True), nn.BatchNorm2d(b), nn.ReLU())
-            for a, b in zip(out[:-1], out[1:], strict=True)
+            for a, b in itertools.pairwise(out)
         )
         self.final = nn.Sequential(conv(out[-1], final_width, 1, bias=True), nn.BatchNorm2d(final_width), nn.ReLU())
         self.classifier = nn.Linear(final_width, num_classes)
@@ -215,7 +216,11 @@ class SegmentationHead(nn.Module):
 
 
 class _MDEQ(nn.Module):
-    """What both tasks share: normalise, pad, stem, equilibrium."""
+    """What both tasks share: normalise, pad, stem, equilibrium.
+
+    Attributes:
+        multiple: images are padded to multiples of this many pixels, the stem's stride times 2^(n-1).
+    """
 
     classifier_name = "head.classifier"
     head: nn.Module
@@ -234,6 +239,7 @@ class _MDEQ(nn.Module):
         _check(type(self).__name__, channels, in_channels, stem_stride, mean, std, **cell)
         self.in_channels = in_channels
         self.stem_stride = stem_stride
+        self.multiple = stem_stride << (len(channels) - 1)
         self.mean, self.std = (
             (float(values),) if isinstance(values, int | float) else tuple(values) for values in (mean, std)
         )
@@ -250,11 +256,6 @@ class _MDEQ(nn.Module):
             if isinstance(module, nn.Conv2d) and not parametrize.is_parametrized(module):
                 for parameter in module.parameters():
                     nn.init.normal_(parameter, std=0.01)
-
-    @property
-    def multiple(self) -> int:
-        """Images are padded to multiples of this many pixels: the stem's stride times 2^(n-1)."""
-        return self.stem_stride << (len(self.deq.cell.branches) - 1)
 
     def equilibrium(self, image: Tensor) -> State:
         """z* of the image, padded at its right and lower edge by repeating the last pixels.
@@ -313,6 +314,7 @@ class MDEQ(_MDEQ):
 
     Attributes:
         deq: the equilibrium layer; ``deq.report`` tells of the last solve.
+        multiple: images are padded to multiples of this many pixels, the stem's stride times 2^(n-1).
     """
 
     def __init__(
@@ -397,6 +399,9 @@ class MDEQSegmenter(_MDEQ):
         )  # fmt: skip
         self.head = SegmentationHead(channels, num_classes)
         self.initialize()
+        for module in self.modules():
+            if isinstance(module, nn.BatchNorm2d):
+                module.momentum = 0.01  # as published; batches of large images are small
 
     def forward(self, image: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> logits ``(B, num_classes, H, W)``; raises as :meth:`equilibrium` does."""
@@ -452,7 +457,7 @@ def _check(
         count = 1 if isinstance(values, int | float) else len(values)
         if count not in (1, in_channels):
             raise ValueError(
-                f"{model}({name}=...) takes one number, or one for each of the {in_channels} channels; given: {values!r}"
+                f"{model}({name}=...) takes one number, or one for each of {in_channels} channels; given: {values!r}"
             )
     if not all(value > 0 for value in ([std] if isinstance(std, int | float) else std)):
         raise ValueError(f"{model}(std=...) takes numbers > 0; given: {std!r}")
