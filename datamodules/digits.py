@@ -15,7 +15,8 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torch.nn.functional import affine_grid, grid_sample
 
-from .image import ImageDataModule, ImageDataset, ImageSplits, SplitIndices
+from .base import Splits
+from .image import ImageDataModule, ImageDataset, SplitIndices
 
 
 def digits_split() -> SplitIndices:
@@ -73,7 +74,7 @@ class RandomAffine:
         return grid_sample(images, grid, mode="bilinear", padding_mode="zeros", align_corners=False).clamp(0, 1)
 
 
-class DigitsDataModule(ImageDataModule):
+class DigitsDataModule(ImageDataModule[ImageDataset]):
     """The 1,797 real 8x8 digits of scikit-learn; nothing to download.
 
     Images are ``(1, 8, 8)``. The split (1,257 training, 180 validation, 360 test) is that of :func:`digits_split`.
@@ -103,8 +104,8 @@ class DigitsDataModule(ImageDataModule):
         transform = RandomAffine(max_shift, max_rotation, max_scale)
         self.augmentation = transform if augment else None
 
-    def load(self) -> ImageSplits:
+    def load(self) -> Splits[ImageDataset]:
         digits = load_digits()
         images = torch.from_numpy(digits.images).to(torch.uint8).unsqueeze(1)
         labels = torch.from_numpy(digits.target)
-        return ImageSplits(*(ImageDataset(images[part], labels[part], white=16) for part in digits_split()))
+        return Splits(*(ImageDataset(images[part], labels[part], white=16) for part in digits_split()))

@@ -14,8 +14,9 @@ from sklearn.model_selection import train_test_split
 from torch import Tensor
 from torchvision import datasets
 
+from .base import Splits
 from .idx import DataError, corrupt, read_idx
-from .image import ImageDataModule, ImageDataset, ImageSplits, Indices
+from .image import ImageDataModule, ImageDataset, Indices
 
 
 def mnist_split(labels: Indices) -> tuple[Indices, Indices]:
@@ -31,7 +32,7 @@ def mnist_split(labels: Indices) -> tuple[Indices, Indices]:
     return train, val
 
 
-class MNISTDataModule(ImageDataModule):
+class MNISTDataModule(ImageDataModule[ImageDataset]):
     """MNIST: 28x28 handwritten digits, 55,000 training, 5,000 validation and 10,000 test images.
 
     Images are ``(1, 28, 28)``. The validation images are the part of the published training set that
@@ -79,11 +80,11 @@ class MNISTDataModule(ImageDataModule):
                 raise DataError(f"{self._name} could not be downloaded: {error}\n{self._by_hand()}") from error
         self._require_files()
 
-    def load(self) -> ImageSplits:
+    def load(self) -> Splits[ImageDataset]:
         self._require_files()
         images, labels = self._read("train")
         train, val = mnist_split(labels.numpy())
-        return ImageSplits(
+        return Splits(
             ImageDataset(images[train], labels[train], white=255),
             ImageDataset(images[val], labels[val], white=255),
             ImageDataset(*self._read("t10k"), white=255),
