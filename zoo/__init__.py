@@ -8,6 +8,7 @@
 from . import implicit
 from .errors import InputError
 from .mdeq import MDEQ, MDEQCell, MDEQSegmenter
+from .originals import load_original
 from .registry import ModelSpec, create_model, list_models, register_model, spec_of
 from .tanh import TanhCell, TanhDEQ
 from .weights import (
@@ -34,6 +35,7 @@ __all__ = [
     "implicit",
     "list_models",
     "list_weights",
+    "load_original",
     "load_pretrained",
     "register_model",
     "save_weights",

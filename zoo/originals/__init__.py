@@ -1,0 +1,146 @@
+"""Checkpoints that the original authors published, as models of the zoo."""
+
+from __future__ import annotations
+
+import os
+import pickle
+import re
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import safetensors.torch
+import torch
+from torch import Tensor, nn
+
+from zoo.weights import WeightsError
+
+from . import mdeq
+
+
+class _Family(NamedTuple):
+    marks: tuple[str, ...]  # how keys begin that only its checkpoints have
+    load: Callable[[dict[str, Tensor], str, dict[str, Any]], nn.Module]
+
+
+_FAMILIES = {"MDEQ": _Family(mdeq.MARKS, mdeq.load)}
+_WRAPPERS = re.compile(r"^(?:(?:module|model)\.)+")  # of DataParallel, and of a model with its loss
+_OWN = "deq.cell."  # how keys of the zoo's own models begin
+
+
+def load_original(source: str | os.PathLike[str] | Mapping[str, Any], **overrides: Any) -> nn.Module:
+    """A model with the weights of a checkpoint that the original authors published, in eval mode and on the CPU.
+
+    Family and sizes are read off the checkpoint's keys and shapes, and every weight is taken from it: what it lacks,
+    what it has besides, and what has another shape is an error. Known are the formats of MDEQ (locuslab/mdeq,
+    locuslab/deq MDEQ-Vision and torchdeq): the state dict by itself or under the key ``"state_dict"`` of a training
+    checkpoint, with or without the prefixes ``module.`` and ``model.``, with or without the copies of the cell that
+    locuslab/mdeq stored.
+
+    Not in an MDEQ checkpoint are ``stem_stride``, ``mean``, ``std``, ``dropout`` and ``groups``. They are those of the
+    registered model that has these sizes, which then is the model's name (the first of them where two differ in
+    ``dropout`` only). Other sizes are ``"mdeq"`` or ``"mdeq_segmenter"`` with that model's defaults; their images are
+    not normalised unless ``mean`` and ``std`` say how.
+
+    Args:
+        source: a file, read by ``torch.load(weights_only=True)``, or as safetensors where its name ends so; or what
+            such a file holds. It is copied, in the default dtype.
+        overrides: arguments of the model, as :func:`zoo.create_model` takes them. ``solver`` and ``gradient`` can be
+            anything; none may change the shapes.
+
+    Raises:
+        WeightsError: the file cannot be read, is no checkpoint, or has more in it than weights; its family is not
+            known; a key is missing, unknown, or has another shape; stored copies of a weight differ.
+        ValueError: an override does not exist or does not fit the checkpoint; ``stem_stride`` is needed and not given.
+        TypeError: ``source`` is neither a path nor a mapping.
+
+    Example:
+        >>> model = zoo.load_original("MDEQ_XL_Cls.pkl", solver=Broyden(tol=1e-4, max_steps=40))
+        >>> zoo.save_weights(model, "mdeq_xl_imagenet.safetensors")
+    """
+    if isinstance(source, Mapping):
+        where: str = "the given mapping"
+        loaded: object = source
+    elif isinstance(source, str | os.PathLike):
+        where, loaded = os.fspath(source), _read(Path(source))
+    else:
+        raise TypeError(
+            f"load_original takes a path or a state dict; given: {type(source).__name__}. Of a module, give its "
+            "state_dict()"
+        )
+    state = _state_dict(loaded, where)
+    if any(key.startswith(_OWN) for key in state):
+        of_lightning = isinstance(loaded, Mapping) and "pytorch-lightning_version" in loaded
+        raise WeightsError(
+            f"{where} was written by this zoo, not by the original authors. "
+            + (
+                "Load this Lightning checkpoint with the class that made it, like ImageClassifier.load_from_checkpoint"
+                if of_lightning
+                else "Load shipped weights with zoo.load_pretrained, and a state dict with model.load_state_dict"
+            )
+        )
+    for family in _FAMILIES.values():
+        if any(key.startswith(family.marks) for key in state):
+            return family.load(state, where, overrides)
+    raise WeightsError(
+        f"{where} is of no family that load_original knows ({', '.join(_FAMILIES)}): its {len(state)} keys are like "
+        f"{', '.join(map(repr, list(state)[:3]))}"
+    )
+
+
+def _read(path: Path) -> object:
+    """What the file holds."""
+    try:
+        if path.suffix == ".safetensors":
+            return safetensors.torch.load_file(path)
+        return torch.load(path, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from None
+    except Exception as error:  # noqa: BLE001 - bytes that are no checkpoint make a reader raise anything
+        if isinstance(error, pickle.UnpicklingError) and "GLOBAL " in str(error):
+            raise WeightsError(
+                f"{path} is a pickle that has more in it than weights, which could run any program when it is read; "
+                f"nothing was loaded. It asks for {', '.join(_refused_globals(path, error))}. Where you trust its "
+                "source, open it yourself with torch.load(path, weights_only=False), and give load_original the state "
+                "dict in it"
+            ) from None
+        kind = "safetensors file" if path.suffix == ".safetensors" else "file that torch.save wrote"
+        raise WeightsError(
+            f"{path} is no {kind}, or is damaged: {type(error).__name__}: {_first_line(error)}"
+        ) from None
+
+
+def _refused_globals(path: Path, error: Exception) -> list[str]:
+    """The classes and functions that a pickle asks for: all of them, or the first in torch's old format."""
+    try:
+        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except ValueError:
+        return re.findall(r"GLOBAL (\S+)", str(error))[:1]
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")
+
+
+def _state_dict(loaded: object, where: str) -> dict[str, Tensor]:
+    """The tensors of a checkpoint by their names, without the prefixes of what was wrapped around the model."""
+    found = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
+    if not isinstance(found, Mapping):
+        raise WeightsError(
+            f"{where} holds no state dict, that is a mapping of names to tensors, by itself or under 'state_dict'; "
+            f"found: {type(found).__name__}"
+        )
+    if not found:
+        raise WeightsError(f"{where} is empty: it has no weights")
+    state: dict[str, Tensor] = {}
+    for key, value in found.items():
+        if not (isinstance(key, str) and isinstance(value, Tensor)):
+            raise WeightsError(
+                f"{where} is no state dict, that is a mapping of names to tensors, and has none under 'state_dict': "
+                f"its {key!r} is of type {type(value).__name__}"
+            )
+        name = _WRAPPERS.sub("", key)
+        if name in state:
+            raise WeightsError(f"{where} has two tensors for {name!r}, which differ in the prefix; one is {key!r}")
+        state[name] = value
+    return state
