@@ -10,6 +10,7 @@ from .errors import InputError
 from .mdeq import MDEQ, MDEQCell, MDEQSegmenter
 from .originals import load_original
 from .registry import ModelSpec, create_model, list_models, register_model, spec_of
+from .resnet import ResNet
 from .tanh import TanhCell, TanhDEQ
 from .weights import (
     ReinitializedWarning,
@@ -27,6 +28,7 @@ __all__ = [
     "MDEQSegmenter",
     "ModelSpec",
     "ReinitializedWarning",
+    "ResNet",
     "TanhCell",
     "TanhDEQ",
     "WeightsError",

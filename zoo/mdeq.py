@@ -21,7 +21,7 @@ from torch.nn.utils import parametrize
 from torchvision.models.resnet import Bottleneck
 
 from .errors import InputError
-from .implicit import DEQ, Broyden, Gradient, ImplicitGradient, Solver, VariationalDropout, normalize_weights
+from .implicit import DEQ, Anderson, Gradient, ImplicitGradient, Solver, VariationalDropout, normalize_weights
 from .registry import register_model
 
 State = tuple[Tensor, ...]
@@ -303,7 +303,7 @@ class MDEQ(_MDEQ):
         mean, std: the model normalises its input itself, to (x - mean) / std; one number, or one a channel.
         unrolled: apply the cell this many times instead of solving: the weight-tied network that is the baseline.
         recompute: see :func:`~zoo.implicit.fixed_point`; saves memory in training.
-        solver, gradient: see :class:`~zoo.implicit.DEQ`; Broyden's method to a relative residual of 1e-3 by default.
+        solver, gradient: see :class:`~zoo.implicit.DEQ`; Anderson to a relative residual of 1e-3 by default.
 
     Shape:
         images ``(B, in_channels, H, W)`` with values in [0, 1] -> logits ``(B, num_classes)``. Any size from
@@ -412,7 +412,7 @@ class MDEQSegmenter(_MDEQ):
 
 
 def _deq(solver: Solver | None, gradient: Gradient | None, unrolled: int | None, recompute: bool) -> dict[str, Any]:
-    default = Broyden(tol=1e-3, max_steps=30)
+    default = Anderson(tol=1e-3, max_steps=30)
     return {
         "solver": default if solver is None else solver,
         "gradient": ImplicitGradient(default) if gradient is None else gradient,
@@ -476,6 +476,10 @@ _LARGE_CIFAR = {**CIFAR, "channels": SMALL, "head_widths": (14, 28, 56, 112), "f
 _LARGE_IMAGENET = {**IMAGENET, "channels": LARGE, "head_widths": (32, 64, 128, 256)}
 CLASSIFIERS: dict[str, dict[str, Any]] = {
     "mdeq": {},
+    "mdeq_nano": {  # for 8x8 digits
+        **{"in_channels": 1, "mean": 0.305, "std": 0.376, "channels": (16, 32), "expansion": 3},
+        **{"head_widths": (8, 16), "final_width": 64, "dropout": 0.1},
+    },
     "mdeq_tiny": {**CIFAR, "channels": (24, 24), "head_widths": (8, 16), "final_width": 200, "dropout": 0.25},
     "mdeq_large": {**_LARGE_CIFAR, "dropout": 0.3},
     "mdeq_large_reg": {**_LARGE_CIFAR, "dropout": 0.22},
