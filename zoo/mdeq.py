@@ -477,8 +477,8 @@ _LARGE_IMAGENET = {**IMAGENET, "channels": LARGE, "head_widths": (32, 64, 128, 2
 CLASSIFIERS: dict[str, dict[str, Any]] = {
     "mdeq": {},
     "mdeq_nano": {  # for 8x8 digits
-        **{"in_channels": 1, "mean": 0.305, "std": 0.376, "channels": (16, 32), "expansion": 3},
-        **{"head_widths": (8, 16), "final_width": 64, "dropout": 0.1},
+        "in_channels": 1, "mean": 0.305, "std": 0.376, "channels": (16, 32), "expansion": 3,
+        "head_widths": (8, 16), "final_width": 64, "dropout": 0.1,
     },
     "mdeq_tiny": {**CIFAR, "channels": (24, 24), "head_widths": (8, 16), "final_width": 200, "dropout": 0.25},
     "mdeq_large": {**_LARGE_CIFAR, "dropout": 0.3},
