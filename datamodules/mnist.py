@@ -15,8 +15,9 @@ from torch import Tensor
 from torchvision import datasets
 
 from .base import Splits
-from .idx import DataError, corrupt, read_idx
-from .image import ImageDataModule, ImageDataset, Indices
+from .download import DownloadedImages
+from .idx import corrupt, read_idx
+from .image import ImageDataset, Indices
 
 
 def mnist_split(labels: Indices) -> tuple[Indices, Indices]:
@@ -32,7 +33,7 @@ def mnist_split(labels: Indices) -> tuple[Indices, Indices]:
     return train, val
 
 
-class MNISTDataModule(ImageDataModule[ImageDataset]):
+class MNISTDataModule(DownloadedImages):
     """MNIST: 28x28 handwritten digits, 55,000 training, 5,000 validation and 10,000 test images.
 
     Images are ``(1, 28, 28)``. The validation images are the part of the published training set that
@@ -46,39 +47,12 @@ class MNISTDataModule(ImageDataModule[ImageDataset]):
     """
 
     source: Any = datasets.MNIST
-    """The dataset of torchvision that knows where the files come from; its name is that of the folder."""
-
     image_shape = (1, 28, 28)
     class_names = tuple("0123456789")
 
-    def __init__(self, root: str = "data", download: bool = False, batch_size: int = 64, num_workers: int = 2) -> None:
-        super().__init__(batch_size, num_workers)
-        self.root = root
-        self.download = download
-
-    @property
-    def _name(self) -> str:
-        name: str = self.source.__name__
-        return name
-
     @property
     def folder(self) -> Path:
-        """Where the four files are."""
         return Path(self.root).absolute() / self._name / "raw"
-
-    def prepare_data(self) -> None:
-        """Find the files, or fetch them if ``download`` is set.
-
-        Raises:
-            FileNotFoundError: files are missing; the message says which, and how to get them.
-            DataError: the download failed; the message says why, and how to get the files by hand.
-        """
-        if self.download and self._missing():
-            try:
-                self.source(self.root, download=True)
-            except (RuntimeError, OSError) as error:
-                raise DataError(f"{self._name} could not be downloaded: {error}\n{self._by_hand()}") from error
-        self._require_files()
 
     def load(self) -> Splits[ImageDataset]:
         self._require_files()
@@ -110,14 +84,6 @@ class MNISTDataModule(ImageDataModule[ImageDataset]):
         """The published names, ``.gz``, of those of the four files that are not there."""
         names = [name for name, _ in self.source.resources]
         return [name for name in names if not self._path(name.removesuffix(".gz")).exists()]
-
-    def _require_files(self) -> None:
-        if missing := self._missing():
-            raise FileNotFoundError(
-                f"{self._name} was not found: there is no {', '.join(missing)} in {self.folder}. "
-                f"To fetch it, add --data.download true (in a script: {type(self).__name__}(download=True)).\n"
-                f"{self._by_hand()}"
-            )
 
     def _by_hand(self) -> str:
         urls = [f"  {mirror}{name}" for mirror in self.source.mirrors for name in self._missing()]
