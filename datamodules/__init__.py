@@ -1,20 +1,28 @@
 """One LightningDataModule a dataset, for the CLI, for ``Trainer.fit`` and as plain DataLoaders."""
 
+from .cifar import CIFAR10DataModule, CIFAR100DataModule, cifar_split
+from .cityscapes import CityscapesDataModule
 from .digits import DigitsDataModule, digits_split
 from .idx import DataError
 from .image import ImageDataModule
+from .imagenet import ImageNetDataModule
 from .mnist import FashionMNISTDataModule, MNISTDataModule, mnist_split
 from .scenes import DigitScenesDataModule
 from .segmentation import SegmentationDataModule
 
 __all__ = [
+    "CIFAR10DataModule",
+    "CIFAR100DataModule",
+    "CityscapesDataModule",
     "DataError",
     "DigitScenesDataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
     "ImageDataModule",
+    "ImageNetDataModule",
     "MNISTDataModule",
     "SegmentationDataModule",
+    "cifar_split",
     "digits_split",
     "mnist_split",
 ]

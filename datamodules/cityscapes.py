@@ -89,9 +89,8 @@ class CityscapesDataset(Dataset[Sample]):
         image, labels = tv_tensors.Image(image), tv_tensors.Mask(TRAIN_IDS[numbers])
         if self.transform is not None:
             image, labels = self.transform(image, labels)
-        return F.to_dtype(image.as_subclass(torch.Tensor), torch.float32, scale=True), labels.as_subclass(
-            torch.Tensor
-        ).long()
+        values = F.to_dtype(image, torch.float32, scale=True)
+        return values.as_subclass(torch.Tensor), labels.as_subclass(torch.Tensor).long()
 
 
 class CityscapesDataModule(SegmentationDataModule[Dataset[Sample]]):
@@ -155,9 +154,10 @@ class CityscapesDataModule(SegmentationDataModule[Dataset[Sample]]):
         missing = [path for (path,) in source.targets if not os.path.exists(path)]
         if missing:
             raise self._not_found(
-                f"{len(missing)} of {len(source.images)} labels are missing, {min(missing)} the first"
+                f"{len(missing)} of {len(source.images)} label files are missing: {min(missing)}, ..."
             )
-        source.images, source.targets = sorted(source.images), sorted(source.targets)
+        pairs = sorted(zip(source.images, source.targets, strict=True))  # os.listdir has no order
+        source.images, source.targets = [image for image, _ in pairs], [labels for _, labels in pairs]
         return source
 
     def _not_found(self, what: str) -> FileNotFoundError:
