@@ -1,29 +1,43 @@
-"""What every task shares: making the model, solver statistics in the log, Jacobian regularisation, the optimizer."""
+"""What every task shares: making the model, solver statistics in the log, its training's stages, the optimizer."""
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
+from lightning_fabric.utilities.exceptions import MisconfigurationException
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 import zoo
 from zoo.implicit import DEQ, Gradient, Solver, jacobian_penalty, one_draw, spectral_radius
 from zoo.registry import plain
 
+from .optimizers import Cosine, make_optimizer
+
+OBSERVED = 4
+"""Samples of a batch whose spectral radius is looked at: each costs 20 vectors of the size of its state."""
+
 
 class EquilibriumModule(pl.LightningModule):
     """The base of all tasks: one equilibrium model, trained and watched.
 
-    Subclasses call ``super().__init__``, then ``self.save_plain_hyperparameters(...)``, and write the usual steps.
+    Subclasses pass ``**options`` on to ``super().__init__``, then call ``self.save_plain_hyperparameters(...)`` with
+    the arguments that are their own, and write the usual steps.
 
     Logged at each training step, and as epoch means in validation and testing, for each equilibrium layer:
     ``steps`` (solver updates a sample), ``residual`` (mean over samples), ``converged`` (fraction of samples) and, in
     training, ``adjoint_steps``.
+
+    Training may begin with steps in which nothing is solved: the cell is applied a few times, and all of them are
+    backpropagated through, as in Bai, Koltun and Kolter, "Multiscale Deep Equilibrium Models" (NeurIPS 2020).
+    Validation and testing always solve.
 
     Args:
         model: a name of ``zoo.list_models()``.
@@ -32,11 +46,23 @@ class EquilibriumModule(pl.LightningModule):
         solver: how the equilibrium is solved, like ``Anderson``; the model's own choice if not given. An object, its
             plain description, or a name.
         gradient: how the equilibrium is differentiated, like ``ImplicitGradient``; likewise.
-        jacobian_weight: adds this times the mean of ``zoo.implicit.jacobian_penalty`` to the training loss.
-        jacobian_frequency: the fraction of training steps, drawn at random, at which that is done.
-        lr: peak learning rate of AdamW, unless ``--optimizer`` chooses another optimizer.
-        weight_decay: of AdamW.
-        schedule: of the learning rate over the whole run, per step: ``cosine`` to zero, or ``constant``.
+        pretrain_steps: training steps at the beginning of the run in which the cell is unrolled.
+        pretrain_depth: applications of the cell in these steps.
+        jacobian_weight: weight of the Jacobian penalty in the training loss (Bai, Koltun and Kolter, ICML 2021).
+        jacobian_frequency: the fraction of training steps, drawn at random, that have the penalty.
+        jacobian_probes: random vectors of the estimate; see ``zoo.implicit.jacobian_penalty``.
+        jacobian_growth: added to jacobian_weight after every jacobian_growth_interval training steps that solve.
+        jacobian_growth_interval: see jacobian_growth.
+        jacobian_end_epoch: from this epoch on, counted from 0, there is no penalty.
+        jacobian_pretrain_weight: weight of the penalty in the unrolled steps.
+        max_steps_jitter: k; where there is the penalty, the solver's max_steps is changed by a random integer from -k
+            to k - 1.
+        optimizer: a class of ``torch.optim``, unless ``--optimizer`` chooses one.
+        optimizer_args: its arguments besides lr and weight_decay, like ``{momentum: 0.9, nesterov: true}``.
+        lr: peak learning rate.
+        weight_decay: the optimizer's own kind of it.
+        schedule: of the learning rate over the whole run, per step: ``cosine`` down to min_lr, or ``constant``.
+        min_lr: where ``cosine`` ends.
 
     Raises:
         ValueError: an unknown name, or an argument out of its range.
@@ -49,35 +75,95 @@ class EquilibriumModule(pl.LightningModule):
         pretrained: str | None = None,
         solver: Solver | None = None,
         gradient: Gradient | None = None,
+        pretrain_steps: int = 0,
+        pretrain_depth: int = 5,
         jacobian_weight: float = 0.0,
         jacobian_frequency: float = 1.0,
+        jacobian_probes: int = 1,
+        jacobian_growth: float = 0.0,
+        jacobian_growth_interval: int = 10_000,
+        jacobian_end_epoch: int | None = None,
+        jacobian_pretrain_weight: float = 0.0,
+        max_steps_jitter: int = 0,
+        optimizer: str = "AdamW",
+        optimizer_args: dict[str, Any] | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
         schedule: Literal["cosine", "constant"] = "cosine",
+        min_lr: float = 0.0,
     ) -> None:
+        given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        if jacobian_weight < 0 or not 0 <= jacobian_frequency <= 1:
-            raise ValueError(
-                "jacobian_weight takes a number >= 0 and jacobian_frequency one in [0, 1]; "
-                f"given: {jacobian_weight!r} and {jacobian_frequency!r}"
-            )
-        if lr < 0 or weight_decay < 0:
-            raise ValueError(f"lr and weight_decay take numbers >= 0; given: {lr!r} and {weight_decay!r}")
-        if schedule not in ("cosine", "constant"):
-            raise ValueError(f"schedule takes 'cosine' or 'constant'; given: {schedule!r}")
+        _require(
+            jacobian_weight >= 0 and 0 <= jacobian_frequency <= 1,
+            "jacobian_weight takes a number >= 0 and jacobian_frequency one in [0, 1]",
+            *(jacobian_weight, jacobian_frequency),
+        )
+        _require(
+            jacobian_growth >= 0 and jacobian_pretrain_weight >= 0,
+            "jacobian_growth and jacobian_pretrain_weight take numbers >= 0",
+            *(jacobian_growth, jacobian_pretrain_weight),
+        )
+        _require(
+            _is_count(jacobian_probes, 1) and _is_count(jacobian_growth_interval, 1),
+            "jacobian_probes and jacobian_growth_interval take integers >= 1",
+            *(jacobian_probes, jacobian_growth_interval),
+        )
+        _require(
+            jacobian_end_epoch is None or _is_count(jacobian_end_epoch, 0),
+            "jacobian_end_epoch takes an integer >= 0, or None",
+            jacobian_end_epoch,
+        )
+        _require(_is_count(max_steps_jitter, 0), "max_steps_jitter takes an integer >= 0", max_steps_jitter)
+        _require(
+            _is_count(pretrain_steps, 0) and _is_count(pretrain_depth, 1),
+            "pretrain_steps takes an integer >= 0 and pretrain_depth one >= 1",
+            *(pretrain_steps, pretrain_depth),
+        )
+        _require(lr >= 0 and weight_decay >= 0, "lr and weight_decay take numbers >= 0", lr, weight_decay)
+        _require(schedule in ("cosine", "constant"), "schedule takes 'cosine' or 'constant'", schedule)
+        _require(0 <= min_lr <= lr, "min_lr takes a number from 0 to lr", min_lr, lr)
         arguments = dict(model_args or {})
         choices = {"solver": solver, "gradient": gradient}
         arguments.update({key: value for key, value in choices.items() if value is not None})
         self.model = _make_model(model, pretrained, arguments)
+        self.pretrain_steps = pretrain_steps
+        self.pretrain_depth = pretrain_depth
         self.jacobian_weight = jacobian_weight
         self.jacobian_frequency = jacobian_frequency
+        self.jacobian_probes = jacobian_probes
+        self.jacobian_growth = jacobian_growth
+        self.jacobian_growth_interval = jacobian_growth_interval
+        self.jacobian_end_epoch = jacobian_end_epoch
+        self.jacobian_pretrain_weight = jacobian_pretrain_weight
+        self.max_steps_jitter = max_steps_jitter
+        self.optimizer = optimizer
+        self.optimizer_args = dict(optimizer_args or {})
         self.lr = lr
         self.weight_decay = weight_decay
         self.schedule = schedule
+        self.min_lr = min_lr
+        self._make_optimizer()  # what it refuses is said now
+        self.save_plain_hyperparameters(**given)
 
     def save_plain_hyperparameters(self, **arguments: Any) -> None:
-        """Keep init arguments as plain data, so that checkpoints load under ``weights_only=True``."""
+        """Keep init arguments as plain data, so that checkpoints load under ``weights_only=True``.
+
+        What is saved later replaces what was saved before under the same name.
+        """
         self.save_hyperparameters(plain(arguments))
+
+    def refuse_data_unless(self, **mine: Any) -> None:
+        """Raise MisconfigurationException unless the data, where they say how they are, are as the model is."""
+        data = getattr(self.trainer, "datamodule", None)
+        for name, value in mine.items():
+            theirs = getattr(data, name, None)
+            if theirs not in (None, value):
+                have = f"{theirs} classes" if name == "num_classes" else f"{name}={theirs}"
+                raise MisconfigurationException(
+                    f"the data have {have}, and the model was asked for {value}: "
+                    f"give it {name}={theirs} (--model.{name} {theirs})"
+                )
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which classes made this run, so that ``cli.py test --ckpt_path`` needs nothing else."""
@@ -138,27 +224,76 @@ class EquilibriumModule(pl.LightningModule):
 
     # --- regularisation
 
+    def jacobian_weight_at(self, step: int, epoch: int) -> float:
+        """The weight of the penalty in this step of the run, if the step has one; both are counted from 0.
+
+        In the unrolled steps it is jacobian_pretrain_weight; after them jacobian_weight, which grows; from
+        jacobian_end_epoch on it is 0.
+        """
+        if self.jacobian_end_epoch is not None and epoch >= self.jacobian_end_epoch:
+            return 0.0
+        solved = step - self.pretrain_steps
+        if solved < 0:
+            return self.jacobian_pretrain_weight
+        return self.jacobian_weight + self.jacobian_growth * (solved // self.jacobian_growth_interval)
+
+    def jacobian_draw_at(self, step: int) -> tuple[bool, int]:
+        """Whether this step of the run has the penalty, and by how much ``max_steps`` is then changed.
+
+        That follows from the run's seed and the number of the step: all processes decide alike, so that none has to
+        wait for the penalty of another, and a resumed run decides as one that never stopped.
+        """
+        draws = torch.Generator().manual_seed((torch.initial_seed() * 1_000_003 + step) % 2**63)
+        wanted = float(torch.rand((), generator=draws)) < self.jacobian_frequency
+        k = self.max_steps_jitter
+        return wanted, int(torch.randint(-k, k, (), generator=draws)) if k else 0
+
     def regularized(self, image: Tensor, stage: str) -> tuple[Any, Tensor]:
         """The model's output, and the Jacobian term of the loss: 0 where it is not asked for.
+
+        In training the cell is unrolled while the run is in its first ``pretrain_steps`` steps.
 
         Returns:
             the output and a scalar.
         """
-        wanted = stage == "train" and self.jacobian_weight > 0
-        if not wanted or float(torch.rand(())) >= self.jacobian_frequency:
+        if stage != "train":
             return self.model(image), image.new_zeros(())
-        with one_draw(), self._calls_recorded() as calls:  # the penalty under the dropout masks of the solve
+        step = self.global_step
+        unrolled = self.pretrain_depth if step < self.pretrain_steps else None
+        if self.pretrain_steps > 0:
+            self.log("train/unrolled", float(unrolled is not None))
+        weight = self.jacobian_weight_at(step, self.current_epoch)
+        wanted, jitter = self.jacobian_draw_at(step)
+        if weight == 0 or not wanted:
+            with self._solving(unrolled):
+                return self.model(image), image.new_zeros(())
+        # The penalty is taken under the dropout masks of the solve.
+        with one_draw(), self._solving(unrolled, jitter), self._calls_recorded() as calls:
             output = self.model(image)
-            penalty = torch.stack([jacobian_penalty(deq.cell, z, *inputs).mean() for deq, inputs, z in calls]).sum()
-        self.log(f"{stage}/jacobian", penalty.detach())
-        return output, self.jacobian_weight * penalty
+            penalties = [jacobian_penalty(deq.cell, z, *x, probes=self.jacobian_probes) for deq, x, z in calls]
+        penalty = torch.stack([values.mean() for values in penalties]).sum()
+        self.log("train/jacobian", penalty.detach())
+        return output, weight * penalty
+
+    @contextmanager
+    def _solving(self, unrolled: int | None, jitter: int = 0) -> Iterator[None]:
+        """Within this context layers are unrolled so often, if asked for, and else solve with other ``max_steps``."""
+        before = [(deq, deq.unrolled, deq.solver) for deq in self.equilibria().values()]
+        try:
+            for deq, own, solver in before:
+                deq.unrolled = own if unrolled is None else unrolled
+                deq.solver = replace(solver, max_steps=max(1, solver.max_steps + jitter)) if jitter else solver
+            yield
+        finally:
+            for deq, own, solver in before:
+                deq.unrolled, deq.solver = own, solver
 
     # --- diagnostics
 
     def observed(self, image: Tensor, stage: str, batch_index: int) -> Any:
         """The model's output. At the first batch of a stage the spectral radius of df/dz at z* is logged.
 
-        That is the mean over the batch and over the calls of a layer: below 1 plain iteration converges there.
+        That is the mean over its first few samples and over the calls of a layer: below 1 plain iteration converges.
         """
         if batch_index > 0:
             return self.model(image)
@@ -166,7 +301,8 @@ class EquilibriumModule(pl.LightningModule):
             output = self.model(image)
         for name, layer in self.equilibria().items():
             start = torch.Generator().manual_seed(0)  # leaves the global stream alone
-            found = [spectral_radius(deq.cell, z, *x, generator=start) for deq, x, z in calls if deq is layer]
+            some = [(deq.cell, *_first_rows(z, x)) for deq, x, z in calls if deq is layer]
+            found = [spectral_radius(cell, z, *x, generator=start) for cell, z, x in some]
             if found:
                 key = f"{stage}/{name}spectral_radius"
                 self.log(key, torch.stack(found).float().mean(), on_epoch=True, batch_size=1, sync_dist=True)
@@ -191,14 +327,48 @@ class EquilibriumModule(pl.LightningModule):
     # --- optimisation
 
     def configure_optimizers(self) -> Any:
-        """AdamW over the parameters that require gradients, with the schedule."""
-        parameters = [p for p in self.parameters() if p.requires_grad]
-        optimizer = torch.optim.AdamW(parameters, lr=self.lr, weight_decay=self.weight_decay)
+        """The optimizer over the parameters that require gradients, with the schedule."""
+        optimizer = self._make_optimizer()
         if self.schedule == "constant":
             return optimizer
-        steps = max(1, int(self.trainer.estimated_stepping_batches))
-        scheduler = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, T_max=steps)
+        steps = self.trainer.estimated_stepping_batches
+        if math.isinf(steps):
+            raise MisconfigurationException(
+                "schedule=cosine takes the length of the run: give the trainer max_epochs or max_steps, or take "
+                "schedule=constant (--model.schedule constant)"
+            )
+        scheduler = Cosine(optimizer, max(1, int(steps)), self.min_lr)
         return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+
+    def _make_optimizer(self) -> torch.optim.Optimizer:
+        parameters = [p for p in self.parameters() if p.requires_grad]
+        return make_optimizer(self.optimizer, parameters, self.lr, self.weight_decay, self.optimizer_args)
+
+
+def with_classes(model_args: Mapping[str, Any] | None, num_classes: int) -> dict[str, Any]:
+    """The model's arguments, the number of classes among them.
+
+    Raises:
+        ValueError: it was given twice.
+    """
+    if "num_classes" in (model_args or {}):
+        raise ValueError("num_classes is an argument of its own, beside model_args, and not one of them")
+    return {**(model_args or {}), "num_classes": num_classes}
+
+
+def _require(holds: bool, expected: str, *given: Any) -> None:
+    if not holds:
+        raise ValueError(f"{expected}; given: {' and '.join(map(repr, given))}")
+
+
+def _is_count(value: object, at_least: int) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
+
+
+def _first_rows(z: Any, inputs: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
+    """The first samples of a state and of the inputs that go with it."""
+    found: tuple[Any, tuple[Any, ...]] = pytree.tree_map_only(Tensor, lambda x: x[:OBSERVED], (z, inputs))
+    return found
 
 
 def _class_path(thing: object) -> str:

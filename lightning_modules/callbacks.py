@@ -3,13 +3,17 @@
 from __future__ import annotations
 
 import csv
+import struct
+import zlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 import pytorch_lightning as pl
+import torch
 from pytorch_lightning.callbacks import BasePredictionWriter, Callback
 from pytorch_lightning.utilities import rank_zero_info
+from torch import Tensor
 
 
 def run_dir(trainer: pl.Trainer) -> Path:
@@ -41,10 +45,14 @@ class InterruptCheckpoint(Callback):
 
 
 class PredictionWriter(BasePredictionWriter):
-    """Writes what ``predict_step`` returned, a dict of ``(B,)`` tensors, to ``predictions.csv`` in the run's folder.
+    """Writes what ``predict_step`` returned to the run's folder: a dict, each entry with one row a sample.
 
-    Under several processes each writes its own file, ``predictions.<rank>.csv``; the column ``index`` is the sample's
-    position in the data set.
+    Numbers, tensors ``(B,)``, go to ``predictions.csv``. Label maps, uint8 ``(B, H, W)``, go to PNG files whose grey
+    values are the classes, ``<name>/<index>.png``, and the CSV file has their paths. Under several processes each
+    writes its own table, ``predictions.<rank>.csv``; the column ``index`` is the sample's position in the data set.
+
+    Raises:
+        ValueError: an entry is neither of the two.
     """
 
     def __init__(self, write_interval: Literal["epoch"] = "epoch") -> None:
@@ -65,9 +73,38 @@ class PredictionWriter(BasePredictionWriter):
             writer = csv.writer(file)
             rows = 0
             for batch, indices in zip(predictions, batch_indices[0], strict=True):
-                columns = {key: value.tolist() for key, value in batch.items()}
+                columns = {key: _column(folder, key, value, indices) for key, value in batch.items()}
                 if rows == 0:
                     writer.writerow(["index", *columns])
                 writer.writerows(zip(indices, *columns.values(), strict=True))
                 rows += len(indices)
         rank_zero_info(f"Wrote {rows} predictions to {folder / name}")
+
+
+def _column(folder: Path, name: str, value: Tensor, indices: Sequence[int]) -> list[Any]:
+    """One entry of a batch of predictions as the table has it; maps are written to files."""
+    if value.dim() == 1:
+        return value.tolist()
+    if value.dim() != 3 or value.dtype != torch.uint8:
+        raise ValueError(
+            f"predictions are numbers, one a sample, or label maps, uint8 (B, H, W); given: {name!r} of dtype "
+            f"{value.dtype} and shape {tuple(value.shape)}. Write it with a BasePredictionWriter of your own"
+        )
+    (folder / name).mkdir(exist_ok=True)
+    paths = [f"{name}/{index:06d}.png" for index in indices]
+    for path, label_map in zip(paths, value, strict=True):
+        write_png(folder / path, label_map)
+    return paths
+
+
+def write_png(path: Path, image: Tensor) -> None:
+    """A grey image, uint8 ``(H, W)``, as a PNG file (ISO/IEC 15948), lossless."""
+
+    def chunk(kind: bytes, data: bytes) -> bytes:
+        return struct.pack(">I", len(data)) + kind + data + struct.pack(">I", zlib.crc32(kind + data))
+
+    H, W = image.shape
+    header = struct.pack(">IIBBBBB", W, H, 8, 0, 0, 0, 0)  # 8 bits, grey, not interlaced
+    rows = torch.cat([image.new_zeros(H, 1), image], dim=1).cpu()  # each begins with its filter: 0, none
+    data = zlib.compress(rows.numpy().tobytes())
+    path.write_bytes(b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", data) + chunk(b"IEND", b""))

@@ -85,7 +85,7 @@ def _unknown_option(text: str) -> str | None:
         return None
     before = text[: found.start()]
     cls = _resolve(_CLASS.findall(before)[-1]) if _CLASS.search(before) else None
-    valid = list(inspect.signature(cls).parameters) if cls is not None else []
+    valid = list(_parameters(cls)) if cls is not None else []
     of = f" of {cls.__name__}" if cls is not None else ""
     return f"unknown argument '{_dotted(before, found[1])}'{of}.{nearest(found[1], valid)}"
 
@@ -112,8 +112,7 @@ def _expected_class(before: str) -> type | None:
     """Whose subclass the value must be that the attempts in ``before`` lead to."""
     bases, owners = list(_SUBTYPES.finditer(before)), list(_CLASS.finditer(before))
     if owners and (not bases or bases[-1].start() < owners[-1].start()):  # an argument of one type, without a list
-        parameters = inspect.signature(_resolve(owners[-1][1]), eval_str=True).parameters
-        found = parameters[_KEY.findall(before)[-1]].annotation
+        found = _parameters(_resolve(owners[-1][1]))[_KEY.findall(before)[-1]].annotation
         return found if isinstance(found, type) else None
     return _resolve(bases[-1][1]) if bases else None
 
@@ -160,6 +159,18 @@ def _options(parser: argparse.ArgumentParser | None) -> set[str]:
             for sub in action.choices.values():
                 options |= _options(sub)
     return options
+
+
+def _parameters(cls: type) -> dict[str, inspect.Parameter]:
+    """What a class takes; where it passes ``**options`` on, also what its base classes take."""
+    found: dict[str, inspect.Parameter] = {}
+    for base in cls.__mro__:
+        parameters = inspect.signature(base, eval_str=True).parameters
+        options = [key for key, parameter in parameters.items() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
+        found = {**{key: item for key, item in parameters.items() if key not in options}, **found}
+        if not options:
+            break
+    return found
 
 
 def _resolve(path: str) -> Any:

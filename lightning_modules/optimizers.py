@@ -1,0 +1,87 @@
+"""Optimizers of ``torch.optim`` by name, and the learning rate's way down."""
+
+from __future__ import annotations
+
+import inspect
+import math
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim.lr_scheduler import LRScheduler
+
+from zoo.implicit.choices import nearest
+
+
+def make_optimizer(
+    name: str, parameters: Iterable[nn.Parameter], lr: float, weight_decay: float, arguments: Mapping[str, Any]
+) -> torch.optim.Optimizer:
+    """``torch.optim.<name>`` over these parameters.
+
+    Args:
+        name: a class of ``torch.optim``.
+        parameters: what it trains.
+        lr: learning rate.
+        weight_decay: its own kind of it, decoupled in AdamW and an L2 penalty in SGD and Adam.
+        arguments: its further ones, like ``{"momentum": 0.9}``.
+
+    Raises:
+        ValueError: there is no such optimizer, it has no such argument, or it refuses a value.
+    """
+    classes: dict[str, Callable[..., torch.optim.Optimizer]] = {
+        key: cls
+        for key, cls in vars(torch.optim).items()
+        if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer) and cls is not torch.optim.Optimizer
+    }
+    if name not in classes:
+        raise ValueError(f"unknown optimizer {name!r}.{nearest(name, sorted(classes))}")
+    takes = inspect.signature(classes[name]).parameters
+    valid = [key for key in takes if key not in ("params", "lr", "weight_decay")]
+    for key in arguments:
+        if key in ("lr", "weight_decay"):
+            raise ValueError(f"{key} is an argument of its own, beside optimizer_args, and not one of them")
+        if key not in valid:
+            raise ValueError(f"optimizer {name} has no argument {key!r}.{nearest(key, valid)}")
+    decay = {"weight_decay": weight_decay} if weight_decay or "weight_decay" in takes else {}
+    try:
+        return classes[name](list(parameters), lr=lr, **decay, **arguments)
+    except (TypeError, ValueError) as error:
+        raise ValueError(
+            f"optimizer {name} cannot be made with lr={lr!r}, weight_decay={weight_decay!r} and "
+            f"optimizer_args={dict(arguments)!r}: {error}"
+        ) from error
+
+
+class Cosine(LRScheduler):
+    """The learning rate min_lr + (lr - min_lr) (1 + cos(pi t / T)) / 2 at step t of T, and min_lr after them.
+
+    Loshchilov and Hutter, "SGDR" (ICLR 2017), equation 5, without restarts. T and min_lr are those of the run at hand:
+    a resumed run that is longer goes on as if it had been so long from the start.
+
+    Args:
+        optimizer: whose learning rate it sets.
+        steps: T.
+        min_lr: where it ends.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, min_lr: float = 0.0) -> None:
+        self.steps = steps
+        self.min_lr = min_lr
+        super().__init__(optimizer)
+
+    def get_lr(self) -> list[float | Tensor]:
+        """The learning rates of this step, one a parameter group."""
+        share = (1 + math.cos(math.pi * min(self.last_epoch / self.steps, 1))) / 2
+        return [self.min_lr + (lr - self.min_lr) * share for lr in self.base_lrs]
+
+    def state_dict(self) -> dict[str, Any]:
+        """What a checkpoint has to know: not how long this run is."""
+        return {"base_lrs": self.base_lrs, "last_epoch": self.last_epoch}
+
+    def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
+        """Go on at the step of the checkpoint."""
+        self.base_lrs, self.last_epoch = list(state_dict["base_lrs"]), state_dict["last_epoch"]
+        self._last_lr = self.get_lr()
+        for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
+            group["lr"] = lr

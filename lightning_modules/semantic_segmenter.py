@@ -1,0 +1,142 @@
+"""Semantic segmentation: a class for each pixel."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.nn import functional as F
+from torchmetrics import MetricCollection
+from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardIndex
+
+from zoo import InputError
+
+from .base import EquilibriumModule, with_classes
+
+Batch = tuple[Tensor, Tensor]
+
+
+class SemanticSegmenter(EquilibriumModule):
+    """Semantic segmentation with an equilibrium model: cross-entropy, mean intersection over union, pixel accuracy.
+
+    Logs ``{train,val,test}/loss``, ``/miou`` and ``/pixel_accuracy`` beside the solver's statistics. All are over the
+    pixels whose label is not ``ignore_index``: the loss as a mean over batches, the others from one confusion matrix of
+    an epoch. The mIoU is the mean of IoU_c = TP_c / (TP_c + FP_c + FN_c) over the classes c that occur, as labels or as
+    predictions.
+
+    Args:
+        model: a name of ``zoo.list_models()``, of a model that gives logits at the size of its input.
+        num_classes: number of classes. Another number than the pretrained weights' leaves the classifier at random.
+        model_args: further arguments of the model, plain numbers and words.
+        ignore_index: the label of pixels that do not count.
+        class_weights: one number a class, by which the loss of its pixels is weighted, in training and evaluation.
+        options: see :class:`EquilibriumModule`.
+
+    Shape:
+        batches are ``(image (B, C, H, W) in [0, 1], label int64 (B, H, W))``.
+
+    Raises:
+        ValueError: an argument is not as described.
+    """
+
+    class_weights: Tensor | None
+
+    def __init__(
+        self,
+        model: str = "mdeq_segmenter",
+        num_classes: int = 19,
+        model_args: dict[str, Any] | None = None,
+        ignore_index: int = 255,
+        class_weights: list[float] | None = None,
+        **options: Any,
+    ) -> None:
+        weights = class_weights
+        if weights is not None and not (len(weights) == num_classes and min(weights) >= 0 and max(weights) > 0):
+            raise ValueError(
+                f"class_weights takes a number >= 0 for each of {num_classes} classes, not all 0; given: {weights!r}"
+            )
+        super().__init__(model=model, model_args=with_classes(model_args, num_classes), **options)
+        self.save_plain_hyperparameters(
+            num_classes=num_classes, model_args=model_args, ignore_index=ignore_index, class_weights=class_weights
+        )
+        self.num_classes = num_classes
+        self.ignore_index = ignore_index
+        # A choice like any other argument, and no part of the state.
+        self.register_buffer("class_weights", None if weights is None else torch.tensor(weights), persistent=False)
+        counted: dict[str, Any] = {"ignore_index": ignore_index, "validate_args": False}  # labels are checked here
+        self.train_metrics = MetricCollection(
+            {
+                "miou": MulticlassJaccardIndex(num_classes, average="macro", **counted),
+                "pixel_accuracy": MulticlassAccuracy(num_classes, average="micro", **counted),
+            },
+            prefix="train/",
+            compute_groups=False,
+        )
+        self.val_metrics = self.train_metrics.clone(prefix="val/")
+        self.test_metrics = self.train_metrics.clone(prefix="test/")
+
+    def setup(self, stage: str) -> None:
+        """Refuse data of another number of classes, or with another label for what is ignored."""
+        self.refuse_data_unless(num_classes=self.num_classes, ignore_index=self.ignore_index)
+
+    def forward(self, image: Tensor) -> Tensor:
+        """``(B, C, H, W)`` in [0, 1] -> logits ``(B, num_classes, H, W)``."""
+        logits: Tensor = self.model(image)
+        return logits
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """Cross-entropy plus the Jacobian term."""
+        image, label = batch
+        logits, jacobian_term = self.regularized(image, "train")
+        loss, pixels = self._loss(logits, label)
+        self.train_metrics.update(logits.argmax(dim=1), label)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=pixels)
+        self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=pixels)
+        return loss + jacobian_term
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Cross-entropy, mIoU and pixel accuracy."""
+        self._evaluate("val", self.val_metrics, batch, batch_index)
+
+    def test_step(self, batch: Batch, batch_index: int) -> None:
+        """Cross-entropy, mIoU and pixel accuracy."""
+        self._evaluate("test", self.test_metrics, batch, batch_index)
+
+    def predict_step(self, batch: Batch | Tensor, batch_index: int) -> dict[str, Tensor]:
+        """The most probable class of each pixel, ``(B, H, W)``: uint8, or int64 for more than 256 classes."""
+        image = batch if isinstance(batch, Tensor) else batch[0]
+        label_map = self(image).argmax(dim=1)
+        return {"label_map": label_map.to(torch.uint8) if self.num_classes <= 256 else label_map}
+
+    def _evaluate(self, stage: str, metrics: MetricCollection, batch: Batch, batch_index: int) -> None:
+        image, label = batch
+        logits = self.observed(image, stage, batch_index)
+        loss, pixels = self._loss(logits, label)
+        metrics.update(logits.argmax(dim=1), label)
+        self.log(f"{stage}/loss", loss, on_epoch=True, batch_size=pixels, sync_dist=True)
+        self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=pixels)
+
+    def _loss(self, logits: Tensor, label: Tensor) -> tuple[Tensor, int]:
+        """The mean cross-entropy over the pixels that count, 0 if there is none, and how many there are (at least 1).
+
+        Raises:
+            InputError: labels of another shape than the logits, or outside [0, num_classes) and not ignore_index.
+        """
+        B, C, *size = logits.shape
+        if label.shape != (B, *size) or label.dtype != torch.int64:
+            raise InputError(
+                f"labels are int64, one a pixel, here of shape {(B, *size)}; given: {label.dtype} of shape "
+                f"{tuple(label.shape)}"
+            )
+        counts = label != self.ignore_index
+        inside = label.where(counts, 0)
+        low, high, pixels = torch.stack((*inside.aminmax(), counts.sum())).tolist()  # one transfer to the host
+        if low < 0 or high >= C:
+            raise InputError(
+                f"labels are from 0 to {C - 1}, or ignore_index={self.ignore_index}; given: from {low} to {high}"
+            )
+        weights = self.class_weights
+        total = F.cross_entropy(logits, label, weight=weights, ignore_index=self.ignore_index, reduction="sum")
+        weight = counts.sum() if weights is None else (weights[inside] * counts).sum()
+        return total / torch.where(weight > 0, weight, 1), max(1, pixels)
