@@ -364,6 +364,7 @@ class MDEQSegmenter(_MDEQ):
     Args:
         channels, num_classes, in_channels, stem_stride, expansion, groups, post_affine, dropout, weight_norm, mean,
             std, unrolled, recompute, solver, gradient: see :class:`MDEQ`.
+        bn_momentum: of BatchNorm's running statistics; small for small batches of large images.
 
     Shape:
         images ``(B, in_channels, H, W)`` with values in [0, 1] -> logits ``(B, num_classes, H, W)``. Any size from
@@ -386,6 +387,7 @@ class MDEQSegmenter(_MDEQ):
         weight_norm: Sequence[str] = ("branches", "post"),
         mean: float | Sequence[float] = 0.0,
         std: float | Sequence[float] = 1.0,
+        bn_momentum: float = 0.1,
         unrolled: int | None = None,
         recompute: bool = False,
         solver: Solver | None = None,
@@ -401,7 +403,7 @@ class MDEQSegmenter(_MDEQ):
         self.initialize()
         for module in self.modules():
             if isinstance(module, nn.BatchNorm2d):
-                module.momentum = 0.01  # as published; batches of large images are small
+                module.momentum = bn_momentum
 
     def forward(self, image: Tensor) -> Tensor:
         """``(B, C, H, W)`` -> logits ``(B, num_classes, H, W)``; raises as :meth:`equilibrium` does."""
@@ -468,7 +470,7 @@ def _check(
 CIFAR = {"mean": (0.4914, 0.4822, 0.4465), "std": (0.2023, 0.1994, 0.2010), "stem_stride": 1, "num_classes": 10}
 IMAGENET_PIXELS = {"mean": (0.485, 0.456, 0.406), "std": (0.229, 0.224, 0.225), "stem_stride": 4}
 IMAGENET = {**IMAGENET_PIXELS, "num_classes": 1000, "final_width": 2048}
-CITYSCAPES = {**IMAGENET_PIXELS, "num_classes": 19, "post_affine": True}
+CITYSCAPES = {**IMAGENET_PIXELS, "num_classes": 19, "post_affine": True, "bn_momentum": 0.01}
 SMALL, LARGE, XL = (32, 64, 128, 256), (80, 160, 320, 640), (88, 176, 352, 704)
 """Channels. The CIFAR model called large has those of the small one for ImageNet."""
 
