@@ -5,12 +5,12 @@ python examples/publish_weights.py runs/published/version_0/checkpoints/best.ckp
 The recorded metrics are measured on the file that was written, read back as a user would read it.
 """
 
+import pydoc
 import sys
 from typing import Any
 
 import pytorch_lightning as pl
 import torch
-from jsonargparse.typing import import_object
 
 import zoo
 from zoo.weights import WeightsRecord, save_record, sha256_of, write_table
@@ -35,8 +35,9 @@ DATA = {
 
 def main(checkpoint: str, name: str | None = None) -> None:
     """Publish ``checkpoint``, a run of one of the default configurations."""
-    run: dict[str, Any] = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    task, source = (import_object(run["deq_zoo_classes"][role]) for role in ("model", "data"))
+    run: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
+    task: Any = pydoc.locate(run["deq_zoo_classes"]["model"])
+    source: Any = pydoc.locate(run["deq_zoo_classes"]["data"])
     data = source(**run["datamodule_hyper_parameters"])
     module = task.load_from_checkpoint(checkpoint, weights_only=True, map_location="cpu")
     tag, suffix, trained_on, preprocessing = DATA[source.__name__]

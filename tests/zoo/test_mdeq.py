@@ -1,4 +1,4 @@
-"""The multiscale models: shapes, padding, starts, dropout, and what is refused. Parity stands in test_mdeq_parity.py."""
+"""The multiscale models: equations, shapes, padding, starts, dropout, and what is refused."""
 
 from __future__ import annotations
 
@@ -267,7 +267,7 @@ def test_sizes_that_make_no_sense(changes: dict[str, Any], parts: list[str]) -> 
     for make in (classifier, segmenter):
         if make is classifier and "channels" in changes and len(changes["channels"]) != 2:
             continue
-        with pytest.raises(ValueError, match=".") as error:
+        with pytest.raises(ValueError, match=r"\S") as error:
             make(**changes)
         assert all(part in str(error.value) for part in parts), error.value
 
