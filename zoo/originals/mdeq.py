@@ -73,8 +73,9 @@ def load(state: dict[str, Tensor], where: str, overrides: dict[str, Any]) -> nn.
         )
     with torch.device("meta"):  # nothing is drawn that is overwritten
         model = _create(name, {**preset, **sizes}, overrides, where)
-    names = {original_name(key, segmenter=segmenter): key for key in model.state_dict()}
-    expected = {name: model.state_dict()[key] for name, key in names.items()}
+    shapes = model.state_dict()
+    names = {original_name(key, segmenter=segmenter): key for key in shapes}
+    expected = {name: shapes[key] for name, key in names.items()}
     if problems := _problems(state, expected):
         if told := [f"{key}={value!r}" for key, value in overrides.items() if key in {*sizes, "stem_stride"}]:
             read = ", ".join(f"{key}={value!r}" for key, value in sizes.items())
