@@ -37,10 +37,11 @@ def load_original(source: str | os.PathLike[str] | Mapping[str, Any], **override
     checkpoint, with or without the prefixes ``module.`` and ``model.``, with or without the copies of the cell that
     locuslab/mdeq stored.
 
-    Not in an MDEQ checkpoint are ``stem_stride``, ``mean``, ``std``, ``dropout`` and ``groups``. They are those of the
-    registered model that has these sizes, which then is the model's name (the first of them where two differ in
-    ``dropout`` only). Other sizes are ``"mdeq"`` or ``"mdeq_segmenter"`` with that model's defaults; their images are
-    not normalised unless ``mean`` and ``std`` say how.
+    Not in an MDEQ checkpoint are ``stem_stride``, ``mean``, ``std``, ``dropout``, ``groups`` and the like. They are
+    those of the registered model that has these sizes, whatever its ``num_classes``, which then is the model's name
+    (``mdeq_large`` for ``mdeq_large_reg`` too: they differ in ``dropout`` only). Other sizes are ``"mdeq"`` or
+    ``"mdeq_segmenter"`` with that model's defaults; their images are not normalised unless ``mean`` and ``std`` say
+    how.
 
     Args:
         source: a file, read by ``torch.load(weights_only=True)``, or as safetensors where its name ends so; or what
