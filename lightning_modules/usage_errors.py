@@ -112,7 +112,7 @@ def _expected_class(before: str) -> type | None:
     """Whose subclass the value must be that the attempts in ``before`` lead to."""
     bases, owners = list(_SUBTYPES.finditer(before)), list(_CLASS.finditer(before))
     if owners and (not bases or bases[-1].start() < owners[-1].start()):  # an argument of one type, without a list
-        found = _parameters(_resolve(owners[-1][1]))[_KEY.findall(before)[-1]].annotation
+        found = _parameters(_resolve(owners[-1][1]), eval_str=True)[_KEY.findall(before)[-1]].annotation
         return found if isinstance(found, type) else None
     return _resolve(bases[-1][1]) if bases else None
 
@@ -161,14 +161,16 @@ def _options(parser: argparse.ArgumentParser | None) -> set[str]:
     return options
 
 
-def _parameters(cls: type) -> dict[str, inspect.Parameter]:
-    """What a class takes; where it passes ``**options`` on, also what its base classes take."""
+def _parameters(cls: type, *, eval_str: bool = False) -> dict[str, inspect.Parameter]:
+    """What a class takes; where it passes ``**options`` on, what its base classes take comes after it."""
     found: dict[str, inspect.Parameter] = {}
     for base in cls.__mro__:
-        parameters = inspect.signature(base, eval_str=True).parameters
-        options = [key for key, parameter in parameters.items() if parameter.kind is inspect.Parameter.VAR_KEYWORD]
-        found = {**{key: item for key, item in parameters.items() if key not in options}, **found}
-        if not options:
+        if base is not cls and not inspect.isfunction(vars(base).get("__init__")):
+            continue
+        parameters = inspect.signature(base, eval_str=eval_str).parameters
+        passed_on = {key for key, item in parameters.items() if item.kind is inspect.Parameter.VAR_KEYWORD}
+        found |= {key: item for key, item in parameters.items() if key not in passed_on | found.keys()}
+        if not passed_on:
             break
     return found
 
