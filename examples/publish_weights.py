@@ -62,7 +62,7 @@ def main(checkpoint: str, name: str | None = None) -> None:
     module.model = zoo.load_pretrained(name)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     found = {**trainer.validate(module, data, verbose=False)[0], **trainer.test(module, data, verbose=False)[0]}
-    wanted = ("accuracy", "miou", "converged")
+    wanted = ("accuracy", "miou", "pixel_accuracy", "converged")
     metrics = {key.replace("/", "_"): value for key, value in found.items() if key.rpartition("/")[2] in wanted}
     record = WeightsRecord(**{**vars(draft), "metrics": metrics})
     print(f"Wrote {path}, {save_record(record)} and {write_table()}: {metrics}")

@@ -26,7 +26,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Besides the standard library and itself.
 MAY_IMPORT = {
     "zoo/implicit": {"torch", "matplotlib"},  # the latter in plots.py only, as a test of the backbone says
-    "zoo": {"torch", "safetensors", "matplotlib"},
+    "zoo": {"torch", "torchvision", "safetensors", "matplotlib"},  # torchvision for blocks of explicit layers
     "lightning_modules": {"torch", "pytorch_lightning", "lightning_fabric", "torchmetrics", "zoo"},
     "datamodules": {"torch", "pytorch_lightning", "torchvision", "sklearn", "numpy"},
 }

@@ -495,10 +495,14 @@ CLASSIFIERS: dict[str, dict[str, Any]] = {
 }  # fmt: skip
 SEGMENTERS: dict[str, dict[str, Any]] = {
     "mdeq_segmenter": {},
+    "mdeq_nano_scenes": {  # for scenes of digits
+        "in_channels": 1, "mean": 0.13, "std": 0.256, "num_classes": 11, "channels": (16, 32, 64), "expansion": 2,
+        "stem_stride": 1, "post_affine": False,
+    },
     "mdeq_small_cityscapes": {**CITYSCAPES, "channels": SMALL, "dropout": 0.05},
     "mdeq_large_cityscapes": {**CITYSCAPES, "channels": LARGE, "dropout": 0.03},
     "mdeq_xl_cityscapes": {**CITYSCAPES, "channels": XL, "expansion": 6, "dropout": 0.04},
-}
+}  # fmt: skip
 for _name, _preset in CLASSIFIERS.items():
     register_model(_name, MDEQ, **_preset)
 for _name, _preset in SEGMENTERS.items():

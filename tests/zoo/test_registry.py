@@ -37,14 +37,15 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_family_is_listed() -> None:
-    assert zoo.list_models() == ["tanh_deq"]
+    assert zoo.list_models() == sorted([*zoo.list_models("mdeq*"), "resnet", "tanh_deq"])
     assert zoo.list_models("tanh*") == ["tanh_deq"]
-    assert zoo.list_models("mdeq*") == []
+    assert {"mdeq", "mdeq_tiny", "mdeq_xl_cityscapes"} < set(zoo.list_models("mdeq*"))
+    assert zoo.list_models("raft*") == []
 
 
 @pytest.mark.usefixtures("toys")
 def test_lists_are_sorted_and_filtered() -> None:
-    assert zoo.list_models() == ["tanh_deq", "toy_base", "toy_large"]
+    assert zoo.list_models("t*") == ["tanh_deq", "toy_base", "toy_large"]
     assert zoo.list_models("*_b*") == ["toy_base"]
     assert zoo.list_models("toy_?????") == ["toy_large"]
 
@@ -82,8 +83,8 @@ def test_a_name_is_registered_once() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("tanh_dec", {}, "unknown model 'tanh_dec'. Did you mean 'tanh_deq'? Known: tanh_deq."),
-        ("resnet", {}, "unknown model 'resnet'. Known: tanh_deq."),
+        ("tanh_dec", {}, "unknown model 'tanh_dec'. Did you mean 'tanh_deq'? Known: mdeq, "),
+        ("transformer", {}, "unknown model 'transformer'. Known: mdeq, mdeq_large, "),
         ("tanh_deq", {"widht": 3}, "model 'tanh_deq' has no argument 'widht'. Did you mean 'width'? Known: in"),
         ("tanh_deq", {"solver": "Andersn"}, "unknown solver 'Andersn'. Did you mean 'Anderson'?"),
         ("tanh_deq", {"gradient": "Newton"}, "unknown gradient 'Newton'. Known: ImplicitGradient,"),
