@@ -127,10 +127,11 @@ class CIFAR10DataModule(DownloadedImages):
     def load(self) -> Splits[ImageDataset]:
         self._require_files()
         images, labels = self._read(train=True)
-        if self.val_size > len(images) - self.num_classes:
+        N, classes = len(images), self.num_classes
+        if self.val_size and not classes <= self.val_size <= N - classes:
             raise ValueError(
-                f"val_size={self.val_size} leaves too few of the {len(images)} training images for "
-                f"{self.num_classes} classes: choose at most {len(images) - self.num_classes}"
+                f"val_size={self.val_size} does not split {N} training images of {classes} classes: "
+                f"choose 0, or from {classes} to {N - classes}"
             )
         train, val = cifar_split(labels.numpy(), self.val_size)
         test = ImageDataset(*self._read(train=False), white=255)

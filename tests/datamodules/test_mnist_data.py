@@ -20,6 +20,7 @@ from torchvision import datasets
 
 from datamodules import DataError, FashionMNISTDataModule, ImageDataModule, MNISTDataModule, mnist_split
 from datamodules.idx import read_idx
+from tests.datamodules.loading import workers
 
 both = pytest.mark.parametrize("cls", [MNISTDataModule, FashionMNISTDataModule])
 TRAIN, TEST = 240, 60
@@ -120,11 +121,7 @@ def test_torchvision_reads_the_same_files_alike(mnist):
     assert torch.equal(ours.labels, theirs.targets)
 
 
-# A machine with one core, or one that gives this process one, is warned of two workers; two is what the test is about.
-# From Python 3.12 a fork of a process with threads is warned of; torch's workers have always been such forks.
-@pytest.mark.filterwarnings("ignore:This DataLoader will create 2 worker processes:UserWarning")
-@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
-@pytest.mark.parametrize("num_workers", [0, 2])
+@workers
 @pytest.mark.parametrize(
     ("part", "sizes"), [("train", [64] * 3 + [28]), ("val", [20]), ("test", [60]), ("predict", [60])]
 )
