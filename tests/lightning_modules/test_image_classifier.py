@@ -10,7 +10,6 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.loggers.logger import Logger
 from torch import Tensor
 from torch.nn import functional as F
 from torch.utils.data import DataLoader, TensorDataset
@@ -19,75 +18,11 @@ import zoo
 from datamodules import DigitsDataModule
 from lightning_modules import ImageClassifier
 from tests.command_line import same
+from tests.lightning_modules.runs import Rates, batches, parameters, small, train, trained, trainer
 from tests.toy_weights import publish
 from zoo.implicit import Anderson, ConvergenceWarning, ImplicitGradient, Newton, PhantomGradient, UnrolledGradient
 
 CHOICES: dict[str, Any] = {"solver": Newton(tol=1e-3), "gradient": ImplicitGradient(Anderson(tol=1e-3, memory=4))}
-
-
-class Rates(pl.Callback):
-    """The learning rate of each step."""
-
-    def __init__(self) -> None:
-        self.rates: list[float] = []
-
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        self.rates.append(trainer.optimizers[0].param_groups[0]["lr"])
-
-
-class Steps(Logger):
-    """What each training step logged."""
-
-    name, version = "steps", 0
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.logged: list[dict[str, float]] = []
-
-    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
-        """Nowhere."""
-
-    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
-        if "train/loss" in metrics:
-            self.logged.append(metrics)
-
-
-def small(**arguments: Any) -> ImageClassifier:
-    """The same small module each time, but for ``arguments``."""
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        return ImageClassifier(**{"model_args": {"width": 6, "contraction": 0.9}, **arguments})
-
-
-def batches(count: int = 4, size: int = 20) -> DataLoader[Any]:
-    """The same batches each time."""
-    generator = torch.Generator().manual_seed(1)
-    images, labels = torch.rand(count * size, 1, 8, 8, generator=generator), torch.arange(count * size) % 10
-    return DataLoader(TensorDataset(images, labels), batch_size=size)
-
-
-def trainer(*callbacks: pl.Callback, **arguments: Any) -> pl.Trainer:
-    quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
-    return pl.Trainer(**{"accelerator": "cpu", "max_epochs": 1, **quiet, **arguments}, callbacks=list(callbacks))
-
-
-def train(module: ImageClassifier, *callbacks: pl.Callback, loader: Any = None, **arguments: Any) -> pl.Trainer:
-    """Four steps an epoch."""
-    run = trainer(*callbacks, **{"log_every_n_steps": 1, "num_sanity_val_steps": 0, **arguments})
-    loader = batches() if loader is None else loader
-    run.fit(module, loader, loader)
-    return run
-
-
-def trained(**arguments: Any) -> tuple[ImageClassifier, list[dict[str, float]]]:
-    """A small module after four steps, and what they logged."""
-    module, steps = small(**arguments), Steps()
-    train(module, logger=steps)
-    return module, steps.logged
-
-
-def parameters(module: pl.LightningModule) -> dict[str, Tensor]:
-    return {name: p.detach().clone() for name, p in module.named_parameters()}
 
 
 # ----------------------------------------------------------------------------------------------------------- learning
@@ -155,6 +90,20 @@ def test_label_smoothing_is_for_training_only() -> None:
     assert logged[0]["train/loss"] == pytest.approx(expected, rel=1e-6)
     (measured,) = trainer().validate(module, batches(1), verbose=False)
     assert measured["val/loss"] == pytest.approx(F.cross_entropy(module(image), label).item(), rel=1e-6)
+
+
+@pytest.mark.parametrize("stage", ["val", "test"])
+def test_top_5_where_there_are_more_than_10_classes(stage: str) -> None:
+    images, labels = batches().dataset.tensors
+    loader = DataLoader(TensorDataset(images, (labels * 7 + images[:, 0, 0, 0].gt(0.5)) % 12), batch_size=30)
+    module = small(num_classes=12)
+    (measured,) = getattr(trainer(), "validate" if stage == "val" else "test")(module, loader, verbose=False)
+    with torch.no_grad():
+        best = module(images).topk(5).indices
+    hits = best == loader.dataset.tensors[1].unsqueeze(1)
+    assert measured[f"{stage}/accuracy_top5"] == pytest.approx(hits.any(dim=1).float().mean().item(), rel=1e-6)
+    assert measured[f"{stage}/accuracy"] == pytest.approx(hits[:, 0].float().mean().item(), rel=1e-6)
+    assert 0 < measured[f"{stage}/accuracy"] < measured[f"{stage}/accuracy_top5"] < 1
 
 
 @pytest.mark.parametrize("labelled", [True, False])
