@@ -190,8 +190,14 @@ class ZooCLI(LightningCLI):
         path, config = checkpoint["path"], self.config[subcommand].as_dict()
         for group, made_by in checkpoint["made_by"].items():
             for key, was, now in _differences(made_by, config[group], group):
+                if subcommand == "fit" and key == "model.optimizer":
+                    raise UsageError(
+                        f"fit --ckpt_path goes on with the optimizer state of {path}, which is one of {was}, not of "
+                        f"{now}. To train with another optimizer, start a fit without --ckpt_path"
+                    )
                 rank_zero_info(f"{key}: {_short(now)} as given, in place of {_short(was)} in {path}")
-                if subcommand == "fit" and key.rpartition(".")[2] in {"lr", "weight_decay", "schedule"}:
+                name = key.removeprefix("model.").partition(".")[0]
+                if subcommand == "fit" and name in {"lr", "weight_decay", "schedule", "optimizer_args"}:
                     warnings.warn(
                         f"{key}={_short(now)} has NO effect here: fit --ckpt_path goes on with the optimizer state "
                         f"of {path}. To train with another {key}, start a fit without --ckpt_path",

@@ -77,7 +77,7 @@ class Cosine(LRScheduler):
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to know: not how long this run is."""
-        return {"base_lrs": self.base_lrs, "last_epoch": self.last_epoch}
+        return {"base_lrs": self.base_lrs, "last_epoch": self.last_epoch, "_last_lr": self._last_lr}
 
     def load_state_dict(self, state_dict: Mapping[str, Any]) -> None:
         """Go on at the step of the checkpoint."""
