@@ -17,10 +17,13 @@ from sklearn.datasets import load_digits
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from zoo.implicit import GMRES, Anderson, ImplicitGradient, fixed_point, jacobian_penalty, spectral_radius
+from zoo.implicit import GMRES, Broyden, ImplicitGradient, fixed_point, jacobian_penalty, spectral_radius
 from zoo.mdeq import CLASSIFIERS, MDEQ, MDEQCell, State
 
 Gradient = tuple[Tensor, ...]
+
+
+_TIGHT = Broyden(tol=1e-5, max_steps=200)
 
 
 @dataclass(frozen=True)
@@ -48,9 +51,9 @@ class Recipe:
 LARGE = Recipe("mdeq_large", CLASSIFIERS["mdeq_large"])
 SMALL = Recipe(
     "a small MDEQ",
-    {"channels": (32, 64), "head_widths": (4, 8), "final_width": 32, "expansion": 2},
+    {"channels": (32, 64, 64), "head_widths": (4, 8, 8), "final_width": 32, "expansion": 2},
     size=8,
-    steps=30,
+    steps=20,
     learning_rate=3e-3,
 )
 
@@ -93,12 +96,19 @@ class TrainingStep:
 
     @cached_property
     def reference(self) -> tuple[State, Gradient]:
-        """z* and the gradient in float64, where both solves have residuals of at most 1e-10."""
+        """z* and the gradient in float64, where both solves have relative residuals of at most 1e-9.
+
+        Raises:
+            ConvergenceError: the model has no equilibrium that is found.
+        """
+        with torch.no_grad():
+            x = self.injection()
+            near, _ = fixed_point(self.cell, self.cell.initial_state(x), x, solver=_TIGHT)
         step = self.double()
         x = step.injection()
-        tight = Anderson(tol=1e-10, max_steps=300)
-        adjoint = ImplicitGradient(GMRES(tol=1e-10, restart=60, max_steps=300))
-        z, _ = fixed_point(step.cell, step.cell.initial_state(x), x, solver=tight, gradient=adjoint, on_failure="raise")
+        solver, adjoint = replace(_TIGHT, tol=1e-9), ImplicitGradient(GMRES(tol=1e-9, restart=60, max_steps=200))
+        z0 = tuple(z_i.double() for z_i in near)
+        z, _ = fixed_point(step.cell, z0, x, solver=solver, gradient=adjoint, on_failure="raise")
         return tuple(z_i.detach() for z_i in z), step.gradient(z)
 
     def spectral_radii(self) -> Tensor:
