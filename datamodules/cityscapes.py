@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from torch.utils.data import Dataset
 from torchvision import datasets, tv_tensors
@@ -18,16 +17,17 @@ from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as F
 
 from .base import Sample, Splits, whole_number
-from .idx import DataError, corrupt
+from .files import read_image, read_rgb
+from .idx import corrupt
 from .segmentation import SegmentationDataModule
 
 Joint = Callable[[Any, Any], tuple[Any, Any]]
 """Transforms an image ``(3, H, W)`` and its labels ``(H, W)``, uint8, alike."""
 
 EVALUATED = sorted((c for c in datasets.Cityscapes.classes if 0 <= c.train_id < 255), key=lambda c: c.train_id)
-TRAIN_IDS = np.full(256, 255, dtype=np.uint8)
+TRAIN_IDS = torch.full((256,), 255, dtype=torch.uint8)
 """The label of a class among the 19, by its number in the files; 255 for the classes that do not count."""
-TRAIN_IDS[[c.id for c in EVALUATED]] = np.arange(len(EVALUATED))
+TRAIN_IDS[[c.id for c in EVALUATED]] = torch.arange(len(EVALUATED), dtype=torch.uint8)
 
 
 class ScaleCropFlip:
@@ -62,31 +62,29 @@ class CityscapesDataset(Dataset[Sample]):
     """Samples ``(image float32 (3, H, W) in [0, 1], label int64 (H, W))``, read from disk one by one.
 
     Args:
-        source: the dataset of torchvision, of images and labels as Pillow has them.
-        transform: applied to the image and its labels.
+        images: the image files.
+        labels: the file of labels for each of them.
+        transform: applied to an image and its labels.
     """
 
-    def __init__(self, source: Any, transform: Joint | None = None) -> None:
-        self.source = source
+    def __init__(self, images: list[str], labels: list[str], transform: Joint | None = None) -> None:
+        self.images = images
+        self.labels = labels
         self.transform = transform
 
     def __len__(self) -> int:
-        return len(self.source)
+        return len(self.images)
 
     def __getitem__(self, index: int) -> Sample:
-        try:
-            image, numbers = self.source[index]
-            image, numbers = F.pil_to_tensor(image), np.asarray(numbers)
-        except (OSError, SyntaxError) as error:  # Pillow raises the latter for some damaged PNG files
-            path, (labels_path,) = self.source.images[index], self.source.targets[index]
-            raise DataError(f"{path} or its labels, {labels_path}, do not open as images: {error}") from error
-        if numbers.dtype != np.uint8 or numbers.shape != tuple(image.shape[1:]):
+        image = tv_tensors.Image(read_rgb(self.images[index]))
+        numbers = F.pil_to_tensor(read_image(self.labels[index]))
+        if numbers.dtype != torch.uint8 or numbers.shape != (1, *image.shape[1:]):
             raise corrupt(
-                Path(self.source.targets[index][0]),
-                f"it holds {numbers.dtype} labels of shape {numbers.shape}; "
-                f"expected: uint8 of shape {tuple(image.shape[1:])}, as its image",
+                Path(self.labels[index]),
+                f"it holds labels {tuple(numbers.shape)} of {numbers.dtype}; "
+                f"expected: {(1, *image.shape[1:])} of torch.uint8, as its image",
             )
-        image, labels = tv_tensors.Image(image), tv_tensors.Mask(TRAIN_IDS[numbers])
+        labels = tv_tensors.Mask(TRAIN_IDS[numbers[0].int()])
         if self.transform is not None:
             image, labels = self.transform(image, labels)
         values = F.to_dtype(image, torch.float32, scale=True)
@@ -139,11 +137,11 @@ class CityscapesDataModule(SegmentationDataModule[Dataset[Sample]]):
             FileNotFoundError: folders, images or labels are missing; the message says which, and shows the layout.
         """
         augmentation = ScaleCropFlip(self.crop_height, self.crop_width, self.ignore_index)
-        val = CityscapesDataset(self._source("val"))
-        return Splits(CityscapesDataset(self._source("train"), augmentation), val, val)
+        val = CityscapesDataset(*self._files("val"))
+        return Splits(CityscapesDataset(*self._files("train"), augmentation), val, val)
 
-    def _source(self, part: str) -> Any:
-        """The dataset of torchvision, in the order of the file names."""
+    def _files(self, part: str) -> tuple[list[str], list[str]]:
+        """The files of images and of labels, in the order of their names."""
         folder = Path(self.root).absolute()
         try:
             source = datasets.Cityscapes(str(folder), part, mode="fine", target_type="semantic")
@@ -157,8 +155,7 @@ class CityscapesDataModule(SegmentationDataModule[Dataset[Sample]]):
                 f"{len(missing)} of {len(source.images)} label files are missing: {min(missing)}, ..."
             )
         pairs = sorted(zip(source.images, source.targets, strict=True))  # os.listdir has no order
-        source.images, source.targets = [image for image, _ in pairs], [labels for _, labels in pairs]
-        return source
+        return [image for image, _ in pairs], [labels for _, (labels,) in pairs]
 
     def _not_found(self, what: str) -> FileNotFoundError:
         folder = Path(self.root).absolute()

@@ -14,11 +14,12 @@ from typing import Any
 import torch
 from torch.utils.data import Dataset
 from torchvision.datasets import ImageFolder
-from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes, pil_loader
+from torchvision.datasets.folder import IMG_EXTENSIONS, find_classes
 from torchvision.transforms import v2
 
 from .base import Sample, Splits, whole_number
-from .idx import DataError, corrupt
+from .files import read_rgb
+from .idx import DataError
 from .image import ImageDataModule
 
 
@@ -105,7 +106,7 @@ class ImageNetDataModule(ImageDataModule[Dataset[Sample]]):
 
     def _images(self, part: str, transform: Callable[[Any], Any]) -> Dataset[Sample]:
         try:
-            dataset: Dataset[Sample] = ImageFolder(str(self._folder / part), transform, loader=read_image)
+            dataset: Dataset[Sample] = ImageFolder(str(self._folder / part), transform, loader=read_rgb)
         except FileNotFoundError as error:
             raise FileNotFoundError(
                 f"classes without images in {self._folder / part}: {error}. {self._layout()}"
@@ -119,15 +120,3 @@ class ImageNetDataModule(ImageDataModule[Dataset[Sample]]):
             "ImageNet's validation images are published in a single folder and have to be sorted into classes. "
             "To look elsewhere, give --data.root (in a script: ImageNetDataModule(root=...))"
         )
-
-
-def read_image(path: str) -> Any:
-    """The image as RGB, from Pillow.
-
-    Raises:
-        DataError: the file is not an image, or is damaged; the message names it.
-    """
-    try:
-        return pil_loader(path)
-    except (OSError, SyntaxError) as error:  # Pillow raises the latter for some damaged PNG files
-        raise corrupt(Path(path), f"it does not open as an image: {error}") from error
