@@ -14,6 +14,7 @@ from .regularization import jacobian_penalty
 from .report import ConvergenceError, ConvergenceWarning, SolverReport, SolverStatus
 from .solvers import GMRES, Anderson, BiCGSTAB, Broyden, FixedPointIteration, Newton, Solver
 from .trajectory import Trajectory, correction_weights, fixed_point_correction
+from .unroll import unroll
 
 __all__ = [
     "DEQ",
@@ -50,4 +51,5 @@ __all__ = [
     "one_draw",
     "path_independence",
     "spectral_radius",
+    "unroll",
 ]
