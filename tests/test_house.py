@@ -28,7 +28,7 @@ MAY_IMPORT = {
     "zoo/implicit": {"torch", "matplotlib"},  # the latter in plots.py only, as a test of the backbone says
     "zoo": {"torch", "torchvision", "safetensors", "matplotlib"},  # torchvision for blocks of explicit layers
     "lightning_modules": {"torch", "pytorch_lightning", "lightning_fabric", "torchmetrics", "zoo"},
-    "datamodules": {"torch", "pytorch_lightning", "torchvision", "sklearn", "numpy"},
+    "datamodules": {"torch", "pytorch_lightning", "torchvision", "sklearn", "numpy", "PIL"},
 }
 
 

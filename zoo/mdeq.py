@@ -496,7 +496,7 @@ CLASSIFIERS: dict[str, dict[str, Any]] = {
 SEGMENTERS: dict[str, dict[str, Any]] = {
     "mdeq_segmenter": {},
     "mdeq_nano_scenes": {  # for scenes of digits
-        "in_channels": 1, "mean": 0.13, "std": 0.256, "num_classes": 11, "channels": (16, 32, 64), "expansion": 2,
+        "in_channels": 1, "mean": 0.13, "std": 0.256, "num_classes": 11, "channels": (16, 32, 32), "expansion": 2,
         "stem_stride": 1, "post_affine": False,
     },
     "mdeq_small_cityscapes": {**CITYSCAPES, "channels": SMALL, "dropout": 0.05},
