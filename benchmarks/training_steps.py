@@ -83,7 +83,7 @@ class Setting:
         return f"{self.forward.name} / {self.adjoint.name.partition(' ')[2]}"
 
     def run(self, step: TrainingStep, z0: State | None = None) -> Gradient:
-        """DL/dtheta by one forward and backward pass."""
+        """The gradient dL/dtheta, by one forward and backward pass."""
         return self._run(step, step.cell, z0)
 
     def equilibrium(self, step: TrainingStep) -> State:
@@ -153,18 +153,8 @@ def settings(step: TrainingStep, level: float, pairs: Sequence[tuple[Contestant,
     Half of the error is granted to the forward solve, when the adjoint is tight, and half to the adjoint, when the
     forward solve starts at z*. Where that is not enough for the two together, both tolerances are halved until it is.
     """
-    solution = tuple(z_i.to(step.images.dtype) for z_i in step.reference[0])
-    tols: dict[str, float | None] = {}
-    adjoint_tols: dict[str, float | None] = {}
-    for forward, adjoint in pairs:
-        tight = ZOO_GMRES if isinstance(forward, Zoo) else c.T_BROYDEN
-        if forward.name not in tols:
-            tols[forward.name] = loosest(_error(step, lambda tol: Setting(forward, tight, tol, level / 50)), level / 2)
-        if adjoint.name not in adjoint_tols:
-            first = c.BROYDEN if isinstance(adjoint, Zoo) else c.T_BROYDEN
-            adjoint_tols[adjoint.name] = loosest(
-                _error(step, lambda tol: Setting(first, adjoint, level / 50, tol), solution), level / 2
-            )
+    tols = {s.name: _forward_tolerance(s, step, level) for s in {s.name: s for s, _ in pairs}.values()}
+    adjoint_tols = {s.name: _adjoint_tolerance(s, step, level) for s in {s.name: s for _, s in pairs}.values()}
     found = []
     for forward, adjoint in pairs:
         tol, adjoint_tol = tols[forward.name], adjoint_tols[adjoint.name]
@@ -178,7 +168,12 @@ def settings(step: TrainingStep, level: float, pairs: Sequence[tuple[Contestant,
     return found
 
 
-def _error(
-    step: TrainingStep, setting: Callable[[float], Setting], z0: State | None = None
-) -> Callable[[float], float]:
-    return lambda tol: setting(tol).measured(step, z0).error
+def _forward_tolerance(s: Contestant, step: TrainingStep, level: float) -> float | None:
+    tight = ZOO_GMRES if isinstance(s, Zoo) else c.T_BROYDEN
+    return loosest(lambda tol: Setting(s, tight, tol, level / 50).measured(step).error, level / 2)
+
+
+def _adjoint_tolerance(s: Contestant, step: TrainingStep, level: float) -> float | None:
+    first = c.BROYDEN if isinstance(s, Zoo) else c.T_BROYDEN
+    z_star = tuple(z_i.to(step.images.dtype) for z_i in step.reference[0])
+    return loosest(lambda tol: Setting(first, s, level / 50, tol).measured(step, z_star).error, level / 2)
