@@ -23,8 +23,8 @@ TOLERANCES = tuple(0.5**k for k in range(7, 15))
 
 ZOO_GMRES = Zoo("zoo gmres", GMRES())
 PAIRS: tuple[tuple[Contestant, Contestant], ...] = (
-    (c.BROYDEN, c.BROYDEN),
     (c.ANDERSON, c.ANDERSON),
+    (c.BROYDEN, c.BROYDEN),
     (c.ALWAYS, ZOO_GMRES),
     (c.T_ITERATION, c.T_ITERATION),
     (c.T_ANDERSON, c.T_ANDERSON),
