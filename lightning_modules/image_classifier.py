@@ -4,10 +4,13 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
 from torchmetrics.classification import MulticlassAccuracy
+
+from zoo import InputError
 
 from .base import EquilibriumModule, with_classes
 
@@ -65,6 +68,7 @@ class ImageClassifier(EquilibriumModule):
         """Cross-entropy plus the Jacobian term."""
         image, label = batch
         logits, jacobian_term = self.regularized(image, "train")
+        self._check_labels(logits, label)
         loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
         self.train_metrics.update(logits, label)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=label.numel())
@@ -89,7 +93,25 @@ class ImageClassifier(EquilibriumModule):
     def _evaluate(self, stage: str, metrics: MetricCollection, batch: Batch, batch_index: int) -> None:
         image, label = batch
         logits = self.observed(image, stage, batch_index)
+        self._check_labels(logits, label)
         metrics.update(logits, label)
         size = label.numel()
         self.log(f"{stage}/loss", F.cross_entropy(logits, label), on_epoch=True, batch_size=size, sync_dist=True)
         self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=size)
+
+    @staticmethod
+    def _check_labels(logits: Tensor, label: Tensor) -> None:
+        """Refuse labels that cross-entropy would refuse without saying which, on a GPU by ending the process.
+
+        Raises:
+            InputError: labels that are not one class an image.
+        """
+        B, C = logits.shape
+        if label.shape != (B,) or label.dtype != torch.int64:
+            raise InputError(
+                f"labels are int64, one an image, here of shape {(B,)}; given: {label.dtype} of shape "
+                f"{tuple(label.shape)}"
+            )
+        low, high = torch.stack(label.aminmax()).tolist() if B else (0, 0)  # one transfer to the host
+        if low < 0 or high >= C:
+            raise InputError(f"labels are from 0 to {C - 1} (num_classes={C}); given: from {low} to {high}")

@@ -23,7 +23,7 @@ class SemanticSegmenter(EquilibriumModule):
     Logs ``{train,val,test}/loss``, ``/miou`` and ``/pixel_accuracy`` beside the solver's statistics. All are over the
     pixels whose label is not ``ignore_index``: the loss as a mean over batches, the others from one confusion matrix of
     an epoch. The mIoU is the mean of IoU_c = TP_c / (TP_c + FP_c + FN_c) over the classes c that occur, as labels or as
-    predictions.
+    predictions, but for a class whose index is ``ignore_index``.
 
     Args:
         model: a name of ``zoo.list_models()``, of a model that gives logits at the size of its input.

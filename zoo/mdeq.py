@@ -395,6 +395,8 @@ class MDEQSegmenter(_MDEQ):
     ) -> None:
         if not _is_positive(num_classes):
             raise ValueError(f"MDEQSegmenter(num_classes=...) takes an integer >= 1; given: {num_classes!r}")
+        if not 0 < bn_momentum <= 1:
+            raise ValueError(f"MDEQSegmenter(bn_momentum=...) takes a number in (0, 1]; given: {bn_momentum!r}")
         super().__init__(
             channels, in_channels, stem_stride, mean, std, _deq(solver, gradient, unrolled, recompute),
             expansion=expansion, groups=groups, post_affine=post_affine, dropout=dropout, weight_norm=weight_norm,

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import fnmatch
 import inspect
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from types import NoneType, UnionType
-from typing import Any, get_args
+from typing import Any, get_args, get_origin
 
 from torch import nn
 
@@ -90,15 +90,31 @@ def create_model(name: str, **arguments: Any) -> nn.Module:
 
 
 def _check_type(name: str, key: str, value: Any, hint: Any) -> None:
-    """Raise TypeError where a number or word is not of the type that the constructor declares."""
-    options = get_args(hint) if isinstance(hint, UnionType) else (hint,)
-    if hint in (Any, inspect.Parameter.empty) or not all(isinstance(option, type) for option in options):
-        return  # containers and other generic types are the constructor's business
+    """Raise TypeError where a number, a word, or a list of them is not of the type that the constructor declares."""
+    if not _fits(value, hint):
+        raise TypeError(
+            f"argument {key!r} of model {name!r} takes {_in_words(hint)}; given: {value!r} ({type(value).__name__})"
+        )
+
+
+def _fits(value: Any, hint: Any) -> bool:
+    """Whether a value is of a type; True for types that are the constructor's business."""
+    if isinstance(hint, UnionType):
+        return any(_fits(value, option) for option in get_args(hint))
+    if get_origin(hint) is Sequence:
+        return isinstance(value, list | tuple) and all(_fits(item, get_args(hint)[0]) for item in value)
+    if hint in (Any, inspect.Parameter.empty) or not isinstance(hint, type) or get_origin(hint) is not None:
+        return True
     given = type(value)
-    if given in options or (given is int and float in options) or (given is not bool and isinstance(value, options)):
-        return
-    names = " or ".join("None" if option is NoneType else option.__name__ for option in options)
-    raise TypeError(f"argument {key!r} of model {name!r} takes {names}; given: {value!r} ({given.__name__})")
+    return given is hint or (given is int and hint is float) or (given is not bool and isinstance(value, hint))
+
+
+def _in_words(hint: Any) -> str:
+    if isinstance(hint, UnionType):
+        return " or ".join(_in_words(option) for option in get_args(hint))
+    if get_origin(hint) is Sequence:
+        return f"a list of {_in_words(get_args(hint)[0])}"
+    return "None" if hint is NoneType else str(getattr(hint, "__name__", hint))
 
 
 def plain(arguments: Mapping[str, Any]) -> dict[str, Any]:

@@ -324,3 +324,22 @@ def test_pretrained_weights_of_another_model(monkeypatch: pytest.MonkeyPatch) ->
 def test_mistakes_are_refused_where_they_are_made(arguments: dict[str, Any], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ImageClassifier(**arguments)
+
+
+@pytest.mark.parametrize(
+    ("label", "message"),
+    [
+        (torch.tensor([0, 10, 3, 1]), r"from 0 to 9 \(num_classes=10\); given: from 0 to 10"),
+        (torch.tensor([0, -1, 3, 1]), r"from 0 to 9 .*given: from -1 to 3"),
+        (torch.tensor([0.0, 1, 3, 1]), r"int64, one an image, here of shape \(4,\); given: torch.float32"),
+        (torch.tensor([[0], [1], [3], [1]]), r"here of shape \(4,\); given: torch.int64 of shape \(4, 1\)"),
+        (torch.tensor([0, 1, 3]), r"here of shape \(4,\); given: torch.int64 of shape \(3,\)"),
+    ],
+)
+def test_labels_that_are_none(label: Tensor, message: str) -> None:
+    module = small()
+    image = torch.rand(4, 1, 8, 8)
+    with pytest.raises(zoo.InputError, match=message):
+        module.training_step((image, label), 0)
+    with pytest.raises(zoo.InputError, match=message):
+        module.validation_step((image, label), 1)

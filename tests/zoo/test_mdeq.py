@@ -272,6 +272,12 @@ def test_sizes_that_make_no_sense(changes: dict[str, Any], parts: list[str]) -> 
         assert all(part in str(error.value) for part in parts), error.value
 
 
+@pytest.mark.parametrize("momentum", [0.0, -1.0, 1.5])
+def test_a_momentum_out_of_range(momentum: float) -> None:
+    with pytest.raises(ValueError, match=rf"bn_momentum.*\(0, 1\].*{momentum}"):
+        segmenter(bn_momentum=momentum)
+
+
 def test_one_head_width_a_branch() -> None:
     with pytest.raises(ValueError, match=r"head_widths, as many as channels.*\(2,\)"):
         classifier(head_widths=(2,))

@@ -120,6 +120,23 @@ def test_wrong_types(arguments: dict[str, Any], message: str) -> None:
     assert str(error.value) == message
 
 
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ({"channels": 24}, "'channels' of model 'mdeq_tiny' takes a list of int; given: 24 (int)"),
+        ({"channels": None}, "'channels' of model 'mdeq_tiny' takes a list of int; given: None (NoneType)"),
+        ({"channels": (8, 1.5)}, "'channels' of model 'mdeq_tiny' takes a list of int; given: (8, 1.5) (tuple)"),
+        ({"weight_norm": "fuse"}, "'weight_norm' of model 'mdeq_tiny' takes a list of str; given: 'fuse' (str)"),
+        ({"mean": "a"}, "'mean' of model 'mdeq_tiny' takes float or a list of float; given: 'a' (str)"),
+        ({"mean": [0.1, "b"]}, "'mean' of model 'mdeq_tiny' takes float or a list of float; given: [0.1, 'b'] (list)"),
+    ],
+)
+def test_wrong_types_in_lists(arguments: dict[str, Any], message: str) -> None:
+    with pytest.raises(TypeError) as error:
+        zoo.create_model("mdeq_tiny", **arguments)
+    assert str(error.value) == f"argument {message}"
+
+
 @pytest.mark.usefixtures("toys")
 def test_right_types() -> None:
     for name, value in [
