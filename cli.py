@@ -24,6 +24,7 @@ os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2
 import pytorch_lightning as pl
 import torch
 import yaml
+from jsonargparse import _typehints
 from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
 from pytorch_lightning.callbacks import ModelCheckpoint
@@ -37,6 +38,20 @@ from datamodules import DataError  # importing the package makes its classes kno
 from lightning_modules.checkpoints import CheckpointError, check_fits, read_checkpoint
 from lightning_modules.usage_errors import UsageError, explain
 from zoo import InputError, WeightsError
+
+
+def _start_afresh(_: object, before: Any, now: Any) -> None:
+    """Where another class is chosen, nothing of the one before is left over, though an argument has the same name.
+
+    jsonargparse would keep what both classes take: the memory of the default Anderson for a Broyden, say.
+    """
+    if before and "init_args" in before:
+        names = (str(choice["class_path"]).rpartition(".")[2] for choice in (before, now))
+        if len(set(names)) > 1:
+            before.pop("init_args")
+
+
+_typehints.discard_init_args_on_class_path_change = _start_afresh
 
 SUBCOMMANDS = ("fit", "validate", "test", "predict")
 USERS_ERRORS = (

@@ -10,9 +10,9 @@ import sys
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
 
 import zoo
+from lightning_modules.checkpoints import read_checkpoint
 from zoo.weights import WeightsRecord, save_record, sha256_of, write_table
 
 # What a record says about the data: the tag of the name, what follows the model in the recipe's file name, what it was
@@ -35,10 +35,10 @@ DATA = {
 
 def main(checkpoint: str, name: str | None = None) -> None:
     """Publish ``checkpoint``, a run of one of the default configurations."""
-    run: Any = torch.load(checkpoint, map_location="cpu", weights_only=True)
-    task: Any = pydoc.locate(run["deq_zoo_classes"]["model"])
-    source: Any = pydoc.locate(run["deq_zoo_classes"]["data"])
-    data = source(**run["datamodule_hyper_parameters"])
+    made_by = read_checkpoint(checkpoint)["made_by"]
+    task: Any = pydoc.locate(made_by["model"]["class_path"])
+    source: Any = pydoc.locate(made_by["data"]["class_path"])
+    data = source(**made_by["data"]["init_args"])
     module = task.load_from_checkpoint(checkpoint, weights_only=True, map_location="cpu")
     tag, suffix, trained_on, preprocessing = DATA[source.__name__]
     name = name or f"{zoo.spec_of(module.model).model}.{tag}"

@@ -15,9 +15,11 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+import yaml
 
 import cli
 from tests.command_line import DIGITS, ROOT, Fitted
+from zoo.implicit import Gradient, Solver, from_description
 
 PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
@@ -161,7 +163,11 @@ def test_the_wheel_loads_its_weights(wheel: Path, tmp_path: Path) -> None:
         check=False,
     )
     assert done.returncode == 0, done.stderr
-    assert done.stdout.splitlines() == [str(tmp_path / "zoo" / "__init__.py"), "['tanh_deq.digits']", "(3, 10)"]
+    assert done.stdout.splitlines() == [
+        str(tmp_path / "zoo" / "__init__.py"),
+        str([path.stem for path in sorted((ROOT / "checkpoints").glob("*.json"))]),
+        "(3, 10)",
+    ]
 
 
 # ------------------------------------------------------------------------------------------------- what is written down
@@ -196,6 +202,11 @@ def test_every_configuration_is_understood(name: str, capsys: pytest.CaptureFixt
     last = [line.split("#")[0].strip() for line in (ROOT / name).read_text().splitlines() if line.split("#")[0].strip()]
     key, _, value = last[-1].partition(": ")
     assert f"{key}: {value.rpartition('.')[2] if key == 'class_path' else ''}" in printed.replace("zoo.implicit.", "")
+    asked, understood = (yaml.safe_load(text).get("model", {}) for text in ((ROOT / name).read_text(), printed))
+    for role, kind in (("solver", Solver), ("gradient", Gradient)):
+        choice = asked.get("init_args", asked).get(role)
+        if choice is not None:
+            assert from_description(understood["init_args"][role], kind) == from_description(choice, kind)
 
 
 def test_commands_are_written_down() -> None:

@@ -41,6 +41,22 @@ def replaced(messages: list[str]) -> list[str]:
     return [message for message in messages if " as given, in place of " in message]
 
 
+def test_another_class_has_nothing_of_the_one_before(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Neither of the default, nor of the configuration, though arguments have the same names."""
+    monkeypatch.chdir(tmp_path)
+    typed = (
+        "--model.solver",
+        "Broyden",
+        "--model.gradient.solver",
+        "Broyden",
+        "--model.gradient.solver.max_steps",
+        "9",
+    )
+    model = fit("-c", DIGITS, *TINY, *typed).cli.model.model
+    assert model.deq.solver == Broyden()
+    assert model.deq.gradient == ImplicitGradient(Broyden(max_steps=9))
+
+
 # ---------------------------------------------------------------------------------------------- over a checkpoint's
 
 

@@ -23,6 +23,7 @@ from zoo.weights import WeightsError
 MARKS = ("fullstage.", "full_stage.")
 """How keys of the cell begin."""
 
+_GENERIC = ("mdeq", "mdeq_segmenter")  # the names of what is no registered size
 _STAGES = {"branches": "branches", "fuse": "fuse_layers", "post": "post_fuse_layers"}
 _COPY = "fullstage_copy."
 _ALIASES = {"deq.func.": "fullstage.", "deq.func_copy.": _COPY}  # stored twice, the same
@@ -66,7 +67,7 @@ def load(state: dict[str, Tensor], where: str, overrides: dict[str, Any]) -> nn.
     segmenter = any(key.startswith("last_layer.") for key in state)
     sizes = _sizes(state, where, segmenter=segmenter)
     name, preset = _preset(sizes, segmenter=segmenter)
-    if name == "mdeq" and "stem_stride" not in overrides and "stage0.0.weight" in state:
+    if name in _GENERIC and "stem_stride" not in overrides and "stage0.0.weight" in state:
         raise ValueError(
             f"{where} has the sizes of no registered model, and no shape tells how much smaller than the image its "
             "highest resolution is: give load_original(..., stem_stride=1, 2 or 4), and mean= and std= of its images"
