@@ -43,6 +43,8 @@ class EquilibriumModule(pl.LightningModule):
         model: a name of ``zoo.list_models()``.
         model_args: the model's arguments, plain numbers and words.
         pretrained: start from these weights, a name of ``zoo.list_weights()``; ``model`` must be theirs.
+        backbone: start stem and equilibrium from those of another model, the head at random: a name of
+            ``zoo.list_weights()``, or a file that ``zoo.load_original`` reads.
         solver: how the equilibrium is solved, like ``Anderson``; the model's own choice if not given. An object, its
             plain description, or a name.
         gradient: how the equilibrium is differentiated, like ``ImplicitGradient``; likewise.
@@ -73,6 +75,7 @@ class EquilibriumModule(pl.LightningModule):
         model: str,
         model_args: Mapping[str, Any] | None = None,
         pretrained: str | None = None,
+        backbone: str | None = None,
         solver: Solver | None = None,
         gradient: Gradient | None = None,
         pretrain_steps: int = 0,
@@ -126,7 +129,15 @@ class EquilibriumModule(pl.LightningModule):
         arguments = dict(model_args or {})
         choices = {"solver": solver, "gradient": gradient}
         arguments.update({key: value for key, value in choices.items() if value is not None})
+        _require(pretrained is None or backbone is None, "give pretrained or backbone, not both", pretrained, backbone)
         self.model = _make_model(model, pretrained, arguments)
+        if backbone is not None:
+            zoo.load_backbone(self.model, backbone)
+        _require(
+            bool(self.equilibria()) or not any((pretrain_steps, jacobian_weight, jacobian_growth)),
+            f"pretrain_steps, jacobian_weight and jacobian_growth take 0 for {model!r}, which has no equilibrium layer",
+            *(pretrain_steps, jacobian_weight, jacobian_growth),
+        )
         self.pretrain_steps = pretrain_steps
         self.pretrain_depth = pretrain_depth
         self.jacobian_weight = jacobian_weight
@@ -173,8 +184,10 @@ class EquilibriumModule(pl.LightningModule):
             classes["data"] = _class_path(data)
         checkpoint["deq_zoo_classes"] = classes
         hyper_parameters = checkpoint.get("hyper_parameters", {})
+        # All weights are in the checkpoint: it says what the model is, and no longer needs what it started from.
+        if hyper_parameters.get("backbone") is not None:
+            hyper_parameters["backbone"] = None
         if hyper_parameters.get("pretrained") is not None:
-            # All weights are in the checkpoint: it says what the model is, and no longer needs what it started from.
             made_of = dict(zoo.spec_of(self.model).arguments)
             choices = {key: made_of.pop(key, None) for key in ("solver", "gradient")}
             arguments = {key: value for key, value in made_of.items() if key not in hyper_parameters}

@@ -104,8 +104,13 @@ class ImageClassifier(EquilibriumModule):
         """Refuse labels that cross-entropy would refuse without saying which, on a GPU by ending the process.
 
         Raises:
-            InputError: labels that are not one class an image.
+            InputError: labels that are not one class an image; or a model that is no classifier.
         """
+        if logits.dim() != 2:
+            raise InputError(
+                f"ImageClassifier takes a model that gives logits (B, num_classes); this one gave shape "
+                f"{tuple(logits.shape)}. SemanticSegmenter takes models that give a map of them"
+            )
         B, C = logits.shape
         if label.shape != (B,) or label.dtype != torch.int64:
             raise InputError(

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
@@ -52,7 +53,7 @@ class SemanticSegmenter(EquilibriumModule):
         **options: Any,
     ) -> None:
         weights = class_weights
-        if weights is not None and not (len(weights) == num_classes and min(weights) >= 0 and max(weights) > 0):
+        if weights is not None and not (len(weights) == num_classes and all(map(_is_weight, weights)) and any(weights)):
             raise ValueError(
                 f"class_weights takes a number >= 0 for each of {num_classes} classes, not all 0; given: {weights!r}"
             )
@@ -121,8 +122,14 @@ class SemanticSegmenter(EquilibriumModule):
         """The mean cross-entropy over the pixels that count, 0 if there is none, and how many there are (at least 1).
 
         Raises:
-            InputError: labels of another shape than the logits, or outside [0, num_classes) and not ignore_index.
+            InputError: labels of another shape than the logits, or outside [0, num_classes) and not ignore_index; or a
+                model that is no segmenter.
         """
+        if logits.dim() != 4:
+            raise InputError(
+                f"SemanticSegmenter takes a model that gives logits (B, num_classes, H, W); this one gave shape "
+                f"{tuple(logits.shape)}. ImageClassifier takes models that give one class an image"
+            )
         B, C, *size = logits.shape
         if label.shape != (B, *size) or label.dtype != torch.int64:
             raise InputError(
@@ -140,3 +147,7 @@ class SemanticSegmenter(EquilibriumModule):
         total = F.cross_entropy(logits, label, weight=weights, ignore_index=self.ignore_index, reduction="sum")
         weight = counts.sum() if weights is None else (weights[inside] * counts).sum()
         return total / torch.where(weight > 0, weight, 1), max(1, pixels)
+
+
+def _is_weight(value: object) -> bool:
+    return isinstance(value, int | float) and 0 <= value < math.inf

@@ -6,6 +6,7 @@
 """
 
 from . import implicit
+from .backbone import load_backbone
 from .errors import InputError
 from .mdeq import MDEQ, MDEQCell, MDEQSegmenter
 from .originals import load_original
@@ -37,6 +38,7 @@ __all__ = [
     "implicit",
     "list_models",
     "list_weights",
+    "load_backbone",
     "load_original",
     "load_pretrained",
     "register_model",

@@ -326,6 +326,36 @@ def test_mistakes_are_refused_where_they_are_made(arguments: dict[str, Any], mes
         ImageClassifier(**arguments)
 
 
+def test_a_model_of_another_task() -> None:
+    batch = torch.rand(2, 3, 8, 8), torch.tensor([0, 1])
+    module = ImageClassifier("mdeq_segmenter", 2, {"channels": [8, 8], "stem_stride": 1, "unrolled": 1})
+    with pytest.raises(zoo.InputError, match=r"logits \(B, num_classes\); this one gave shape \(2, 2, 8, 8\)"):
+        module.training_step(batch, 0)
+
+
+@pytest.mark.parametrize("option", ["pretrain_steps", "jacobian_weight", "jacobian_growth"])
+def test_what_needs_an_equilibrium(option: str) -> None:
+    with pytest.raises(ValueError, match=r"take 0 for 'resnet', which has no equilibrium layer"):
+        ImageClassifier("resnet", **{option: 1})
+    ImageClassifier("resnet")
+
+
+def test_a_backbone_of_another_model(tmp_path: Path) -> None:
+    """Copied at the start; the checkpoint has everything, and does not ask for it again."""
+    source = zoo.load_pretrained("mdeq_nano.digits")
+    module = ImageClassifier("mdeq_nano", num_classes=3, backbone="mdeq_nano.digits")
+    ours = module.model.state_dict()
+    same_shapes = [key for key in ours if not key.startswith("head.")]
+    assert all(torch.equal(ours[key], source.state_dict()[key]) for key in same_shapes)
+    data = DataLoader(TensorDataset(torch.rand(4, 1, 8, 8), torch.tensor([0, 1, 2, 0])), batch_size=4)
+    run = trainer(max_steps=1)
+    run.fit(module, data, data)
+    run.save_checkpoint(tmp_path / "a.ckpt")
+    assert torch.load(tmp_path / "a.ckpt", weights_only=True)["hyper_parameters"]["backbone"] is None
+    with pytest.raises(ValueError, match="pretrained or backbone, not both"):
+        ImageClassifier("mdeq_nano", pretrained="mdeq_nano.digits", backbone="mdeq_nano.digits")
+
+
 @pytest.mark.parametrize(
     ("label", "message"),
     [

@@ -136,9 +136,10 @@ def _state_dict(loaded: object, where: str) -> dict[str, Tensor]:
     state: dict[str, Tensor] = {}
     for key, value in found.items():
         if not (isinstance(key, str) and isinstance(value, Tensor)):
+            hint = f". If that is the state dict, give load_original what stands there, x[{key!r}]"
             raise WeightsError(
                 f"{where} is no state dict, that is a mapping of names to tensors, and has none under 'state_dict': "
-                f"its {key!r} is of type {type(value).__name__}"
+                f"its {key!r} is of type {type(value).__name__}" + (hint if isinstance(value, Mapping) else "")
             )
         name = _WRAPPERS.sub("", key)
         if name in state:
