@@ -221,7 +221,7 @@ def _steps(found: Data) -> str:
         ]
         for name, item in found["pairs"].items()
     ]
-    header = ["forward / adjoint", "s", "to default", "to fastest", "error", "tolerances", "evaluations + products"]
+    header = ["forward / adjoint", "s", "to first", "to fastest", "error", "tolerances", "evaluations + products"]
     return (
         "## One step, at equal error of the gradient\n\n"
         "Each pair of solvers has tolerances that are just tight enough (in powers of 2, half of the error for each "
@@ -229,7 +229,7 @@ def _steps(found: Data) -> str:
         "is in float64, with residuals below 1e-9. TorchDEQ runs with `ift=True` and relative residuals; its first "
         "pair is its default, and `lam=1e-12` is a ridge that its adjoint takes by registering a solver only. "
         "Normalised weights are computed once a step for both, and no solve may take more steps than it needs. "
-        f"Ratios are to the default of the zoo's MDEQs ({found['default']}) and to the fastest of the zoo "
+        f"Ratios are to the first of the zoo's pairs ({found['default']}) and to the fastest of the zoo "
         f"({found['fastest']}).\n\n{table(header, rows)}"
     )
 
