@@ -17,6 +17,7 @@ from torch.utils import _pytree as pytree
 
 import zoo
 from zoo.implicit import DEQ, Gradient, Solver, jacobian_penalty, one_draw, spectral_radius
+from zoo.implicit.solvers.base import _is_count
 from zoo.registry import plain
 
 from .optimizers import Cosine, make_optimizer
@@ -372,10 +373,6 @@ def with_classes(model_args: Mapping[str, Any] | None, num_classes: int) -> dict
 def _require(holds: bool, expected: str, *given: Any) -> None:
     if not holds:
         raise ValueError(f"{expected}; given: {' and '.join(map(repr, given))}")
-
-
-def _is_count(value: object, at_least: int) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= at_least
 
 
 def _first_rows(z: Any, inputs: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:

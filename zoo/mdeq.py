@@ -22,6 +22,7 @@ from torchvision.models.resnet import Bottleneck
 
 from .errors import InputError
 from .implicit import DEQ, Anderson, Gradient, ImplicitGradient, Solver, VariationalDropout, normalize_weights
+from .implicit.solvers.base import _is_count
 from .registry import register_model
 
 State = tuple[Tensor, ...]
@@ -337,7 +338,9 @@ class MDEQ(_MDEQ):
         solver: Solver | None = None,
         gradient: Gradient | None = None,
     ) -> None:
-        if len(head_widths) != len(channels) or not all(map(_is_positive, (*head_widths, final_width, num_classes))):
+        if len(head_widths) != len(channels) or not all(
+            _is_count(value, 1) for value in (*head_widths, final_width, num_classes)
+        ):
             raise ValueError(
                 "MDEQ takes integers >= 1 for head_widths, as many as channels, and for final_width and num_classes; "
                 f"given: head_widths={head_widths!r}, channels={channels!r}, final_width={final_width!r}, "
@@ -393,7 +396,7 @@ class MDEQSegmenter(_MDEQ):
         solver: Solver | None = None,
         gradient: Gradient | None = None,
     ) -> None:
-        if not _is_positive(num_classes):
+        if not _is_count(num_classes, 1):
             raise ValueError(f"MDEQSegmenter(num_classes=...) takes an integer >= 1; given: {num_classes!r}")
         if not 0 < bn_momentum <= 1:
             raise ValueError(f"MDEQSegmenter(bn_momentum=...) takes a number in (0, 1]; given: {bn_momentum!r}")
@@ -425,10 +428,6 @@ def _deq(solver: Solver | None, gradient: Gradient | None, unrolled: int | None,
     }
 
 
-def _is_positive(value: object) -> bool:
-    return isinstance(value, int) and not isinstance(value, bool) and value >= 1
-
-
 def _check(
     model: str,
     channels: Sequence[int],
@@ -443,13 +442,13 @@ def _check(
 ) -> None:
     """Raise ValueError where the sizes of a model make no sense."""
     for name, value in (("in_channels", in_channels), ("expansion", expansion)):
-        if not _is_positive(value):
+        if not _is_count(value, 1):
             raise ValueError(f"{model}({name}=...) takes an integer >= 1; given: {value!r}")
-    if not (_is_positive(groups) and groups % 2 == 0):
+    if not (_is_count(groups, 1) and groups % 2 == 0):
         raise ValueError(
             f"{model}(groups=...) takes an even number, since the last norm has half of it; given: {groups!r}"
         )
-    if not channels or not all(_is_positive(C) and C % groups == 0 for C in channels):
+    if not channels or not all(_is_count(C, 1) and C % groups == 0 for C in channels):
         raise ValueError(
             f"{model}(channels=...) takes one positive multiple of groups={groups} a branch; given: {channels!r}"
         )
