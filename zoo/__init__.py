@@ -12,7 +12,9 @@ from .mdeq import MDEQ, MDEQCell, MDEQSegmenter
 from .originals import load_original
 from .registry import ModelSpec, create_model, list_models, register_model, spec_of
 from .resnet import ResNet
+from .stacked_transformer import StackedTransformer
 from .tanh import TanhCell, TanhDEQ
+from .transformer import DEQTransformer, Memory
 from .weights import (
     ReinitializedWarning,
     WeightsError,
@@ -24,12 +26,15 @@ from .weights import (
 
 __all__ = [
     "MDEQ",
+    "DEQTransformer",
     "InputError",
     "MDEQCell",
     "MDEQSegmenter",
+    "Memory",
     "ModelSpec",
     "ReinitializedWarning",
     "ResNet",
+    "StackedTransformer",
     "TanhCell",
     "TanhDEQ",
     "WeightsError",

@@ -1,0 +1,185 @@
+"""What all language models of the zoo do alike: log-probabilities, text generation, and what they refuse."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from typing import Any, TypeVar, cast
+
+import torch
+from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+
+from .errors import InputError
+from .vocabulary import TiedVocabulary
+
+M = TypeVar("M")
+BYTES = 256
+
+
+class LanguageModel(nn.Module, ABC):
+    """A model of the next token, which reads a text segment by segment and remembers the ones before.
+
+    A subclass has a ``vocabulary`` and a ``memory_length``, and says how it reads (:meth:`forward`) and what it last
+    gave out (:meth:`last_output`). A memory is a pytree of tensors, batch first.
+
+    Attributes:
+        memory_length: positions that a memory holds; may be set at any time.
+    """
+
+    vocabulary: TiedVocabulary
+    memory_length: int
+
+    @property
+    def vocab_size(self) -> int:
+        return self.vocabulary.edges[-1]
+
+    @abstractmethod
+    def forward(self, tokens: Tensor, memory: Any = None) -> tuple[Tensor, Any]:
+        """int64 ``(B, L)`` and what was before -> h ``(B, L, d)``, from which :meth:`nll` tells; the new memory."""
+
+    @abstractmethod
+    def last_output(self, memory: Any) -> Tensor | None:
+        """H at the last position of a memory, ``(B, 1, d)``; None where it is empty."""
+
+    def read_on(self, token: Tensor, memory: Any) -> tuple[Tensor, Any]:
+        """One position further, ``(B, 1)``, as :meth:`forward`; a subclass may know a shorter way."""
+        return cast(tuple[Tensor, Any], self(token, memory))
+
+    def nll(self, h: Tensor, target: Tensor) -> Tensor:
+        """-log p(target) in nats: ``(B, L, d)`` and int64 ``(B, L)`` -> ``(B, L)``; 0 where the target is -100."""
+        return self.vocabulary.nll(h, target)
+
+    def log_prob(self, tokens: Tensor, memory: M | None = None) -> tuple[Tensor, M]:
+        """Log p of each token given all before it, in nats, and the memory with which to go on.
+
+        Without a memory the first token is given: its entry is 0. A text in two pieces, the second one with the
+        memory of the first, gets the values of the whole text as far as memories reach back.
+
+        Shape:
+            int64 ``(B, L)`` -> ``(B, L)``. Work and memory grow as L times L plus the memory's length.
+
+        Raises:
+            InputError: tokens of another shape or dtype, or outside of the vocabulary; a memory of another batch.
+        """
+        h, new = self(tokens, memory)
+        before = None if memory is None else self.last_output(memory)
+        if before is None:
+            values = -self.nll(h[:, :-1], tokens[:, 1:])
+            return torch.cat([values.new_zeros(len(values), 1), values], dim=1), new
+        return -self.nll(torch.cat([before, h[:, :-1]], dim=1), tokens), new
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: Tensor | str | bytes,
+        length: int,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        top_p: float | None = None,
+        memory: Any = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor | str:
+        """Go on with a text.
+
+        Args:
+            prompt: int64 ``(B, P)`` with P >= 1; or, for a model of bytes (``vocab_size=256``), a text.
+            length: tokens to write.
+            temperature: of the softmax that tokens are drawn from; 0 takes the most probable one.
+            top_k: draw among so many most probable tokens.
+            top_p: draw among the fewest most probable tokens that together have at least this probability (Holtzman
+                et al., "The Curious Case of Neural Text Degeneration", ICLR 2020).
+            memory: of a text that was read before the prompt.
+            generator: of the random numbers; torch's global one if not given.
+
+        Returns:
+            What follows the prompt: int64 ``(B, length)``, or a text where the prompt is one, in which bytes that are
+            no UTF-8 are replaced.
+
+        Each token is read with a memory of the last ``memory_length`` positions; a prompt may be longer. The model
+        should be in eval mode.
+
+        Raises:
+            InputError: an empty prompt; a text for a model whose tokens are not bytes; tokens out of the vocabulary.
+            ValueError: another argument is out of its range.
+        """
+        _check(length, temperature, top_k, top_p, self.memory_length)
+        tokens = self._bytes_of(prompt) if isinstance(prompt, str | bytes) else prompt
+        self.check_tokens(tokens)
+        for segment in tokens.split(self.memory_length, dim=1):
+            h, memory = self(segment, memory)
+        written = []
+        while True:
+            log_p = self.vocabulary.log_probs(h[:, -1].float())
+            token = _draw(log_p, temperature, top_k, top_p, generator)
+            written.append(token)
+            if len(written) == length:
+                break
+            h, memory = self.read_on(token, memory)
+        new = torch.cat(written, dim=1)
+        return new if isinstance(prompt, Tensor) else bytes(new[0].tolist()).decode("utf-8", errors="replace")
+
+    def remembered(self, old: Tensor, new: Tensor) -> Tensor:
+        """The last memory_length positions of ``(B, m, *)`` and ``(B, L, *)``, without their graph."""
+        both = torch.cat([old, new.detach()], dim=1)
+        return both[:, max(0, both.shape[1] - self.memory_length) :]
+
+    def check_tokens(self, tokens: Tensor) -> None:
+        """Raise InputError unless these are tokens of the vocabulary, ``(B, L)`` with L >= 1."""
+        name, V = type(self).__name__, self.vocab_size
+        if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.shape[1] == 0:
+            raise InputError(
+                f"{name} takes tokens int64 (B, L) with L >= 1; given: {tokens.dtype} of shape {tuple(tokens.shape)}"
+                + (". A text begins with one token at least, like '\\n'" if 0 in tokens.shape[1:] else "")
+            )
+        low, high = torch.stack(tokens.aminmax()).tolist() if tokens.numel() else (0, 0)  # one transfer to the host
+        if low < 0 or high >= V:
+            raise InputError(f"tokens are from 0 to {V - 1} (vocab_size={V}); given: from {low} to {high}")
+
+    def check_memory(self, tokens: Tensor, memory: Any) -> None:
+        """Raise InputError unless the memory is of as many texts as there are tokens of."""
+        sizes = {x.shape[0] for x in pytree.tree_leaves(memory) if isinstance(x, Tensor)}
+        if sizes - {tokens.shape[0]}:
+            raise InputError(
+                f"a memory is of the same texts as the tokens; given: tokens of {tokens.shape[0]} texts and a memory "
+                f"of {max(sizes)}. Give memory=None where other texts begin"
+            )
+
+    def _bytes_of(self, text: str | bytes) -> Tensor:
+        if self.vocab_size != BYTES:
+            raise InputError(
+                f"this {type(self).__name__} has {self.vocab_size} tokens, which are not bytes: give it tokens, "
+                "int64 (B, L), as the encode() of its data module makes them"
+            )
+        data = text.encode() if isinstance(text, str) else text
+        return torch.tensor([list(data)], dtype=torch.int64, device=self.vocabulary.words[0].device)
+
+
+def _check(length: int, temperature: float, top_k: int | None, top_p: float | None, memory_length: int) -> None:
+    if length < 1:
+        raise ValueError(f"generate(length=...) takes an integer >= 1; given: {length!r}")
+    if not temperature >= 0:
+        raise ValueError(f"generate(temperature=...) takes a number >= 0; given: {temperature!r}")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"generate(top_k=...) takes an integer >= 1, or None; given: {top_k!r}")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"generate(top_p=...) takes a probability in (0, 1], or None; given: {top_p!r}")
+    if memory_length < 1:
+        raise ValueError(
+            "generate reads each token with the memory of those before it, and this model has memory_length=0; set "
+            "model.memory_length"
+        )
+
+
+def _draw(
+    log_p: Tensor, temperature: float, top_k: int | None, top_p: float | None, generator: torch.Generator | None
+) -> Tensor:
+    """One token a row: ``(B, V)`` -> int64 ``(B, 1)``."""
+    if temperature == 0:
+        return log_p.argmax(dim=1, keepdim=True)
+    p, tokens = (log_p / temperature).softmax(dim=1).sort(dim=1, descending=True, stable=True)
+    if top_k is not None:
+        p[:, top_k:] = 0
+    if top_p is not None:
+        before = p.cumsum(dim=1) - p
+        p = p.where(before < top_p * p.sum(dim=1, keepdim=True), 0)
+    return tokens.gather(1, torch.multinomial(p, 1, generator=generator))
