@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn import functional as F
 from torchmetrics import MetricCollection
@@ -13,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from zoo import InputError
 
 from .base import EquilibriumModule, with_classes
+from .targets import check_targets
 
 Batch = tuple[Tensor, Tensor]
 
@@ -101,22 +101,11 @@ class ImageClassifier(EquilibriumModule):
 
     @staticmethod
     def _check_labels(logits: Tensor, label: Tensor) -> None:
-        """Refuse labels that cross-entropy would refuse without saying which, on a GPU by ending the process.
-
-        Raises:
-            InputError: labels that are not one class an image; or a model that is no classifier.
-        """
+        """Raise InputError for labels that are not one class an image, or a model that is no classifier."""
         if logits.dim() != 2:
             raise InputError(
                 f"ImageClassifier takes a model that gives logits (B, num_classes); this one gave shape "
                 f"{tuple(logits.shape)}. SemanticSegmenter takes models that give a map of them"
             )
         B, C = logits.shape
-        if label.shape != (B,) or label.dtype != torch.int64:
-            raise InputError(
-                f"labels are int64, one an image, here of shape {(B,)}; given: {label.dtype} of shape "
-                f"{tuple(label.shape)}"
-            )
-        low, high = torch.stack(label.aminmax()).tolist() if B else (0, 0)  # one transfer to the host
-        if low < 0 or high >= C:
-            raise InputError(f"labels are from 0 to {C - 1} (num_classes={C}); given: from {low} to {high}")
+        check_targets("labels", label, (B,), "an image", C)

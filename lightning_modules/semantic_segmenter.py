@@ -14,6 +14,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 from zoo import InputError
 
 from .base import EquilibriumModule, with_classes
+from .targets import check_targets
 
 Batch = tuple[Tensor, Tensor]
 
@@ -131,21 +132,11 @@ class SemanticSegmenter(EquilibriumModule):
                 f"{tuple(logits.shape)}. ImageClassifier takes models that give one class an image"
             )
         B, C, *size = logits.shape
-        if label.shape != (B, *size) or label.dtype != torch.int64:
-            raise InputError(
-                f"labels are int64, one a pixel, here of shape {(B, *size)}; given: {label.dtype} of shape "
-                f"{tuple(label.shape)}"
-            )
+        pixels = check_targets("labels", label, (B, *size), "a pixel", C, self.ignore_index)
         counts = label != self.ignore_index
-        inside = label.where(counts, 0)
-        low, high, pixels = torch.stack((*inside.aminmax(), counts.sum())).tolist()  # one transfer to the host
-        if low < 0 or high >= C:
-            raise InputError(
-                f"labels are from 0 to {C - 1}, or ignore_index={self.ignore_index}; given: from {low} to {high}"
-            )
         weights = self.class_weights
         total = F.cross_entropy(logits, label, weight=weights, ignore_index=self.ignore_index, reduction="sum")
-        weight = counts.sum() if weights is None else (weights[inside] * counts).sum()
+        weight = counts.sum() if weights is None else (weights[label.where(counts, 0)] * counts).sum()
         return total / torch.where(weight > 0, weight, 1), max(1, pixels)
 
 
