@@ -262,8 +262,8 @@ class EquilibriumModule(pl.LightningModule):
         k = self.max_steps_jitter
         return wanted, int(torch.randint(-k, k, (), generator=draws)) if k else 0
 
-    def regularized(self, image: Tensor, stage: str) -> tuple[Any, Tensor]:
-        """The model's output, and the Jacobian term of the loss: 0 where it is not asked for.
+    def regularized(self, stage: str, *inputs: Any) -> tuple[Any, Tensor]:
+        """The model's output for these inputs, and the Jacobian term of the loss: 0 where it is not asked for.
 
         In training the cell is unrolled while the run is in its first ``pretrain_steps`` steps.
 
@@ -271,7 +271,7 @@ class EquilibriumModule(pl.LightningModule):
             the output and a scalar.
         """
         if stage != "train":
-            return self.model(image), image.new_zeros(())
+            return self.model(*inputs), torch.zeros((), device=self.device)
         step = self.global_step
         unrolled = self.pretrain_depth if step < self.pretrain_steps else None
         if self.pretrain_steps > 0:
@@ -280,10 +280,10 @@ class EquilibriumModule(pl.LightningModule):
         wanted, jitter = self.jacobian_draw_at(step)
         if weight == 0 or not wanted:
             with self._solving(unrolled):
-                return self.model(image), image.new_zeros(())
+                return self.model(*inputs), torch.zeros((), device=self.device)
         # The penalty is taken under the dropout masks of the solve.
         with one_draw(), self._solving(unrolled, jitter), self._calls_recorded() as calls:
-            output = self.model(image)
+            output = self.model(*inputs)
             penalties = [jacobian_penalty(deq.cell, z, *x, probes=self.jacobian_probes) for deq, x, z in calls]
         penalty = torch.stack([values.mean() for values in penalties]).sum()
         self.log("train/jacobian", penalty.detach())
@@ -304,15 +304,15 @@ class EquilibriumModule(pl.LightningModule):
 
     # --- diagnostics
 
-    def observed(self, image: Tensor, stage: str, batch_index: int) -> Any:
-        """The model's output. At the first batch of a stage the spectral radius of df/dz at z* is logged.
+    def observed(self, stage: str, batch_index: int, *inputs: Any) -> Any:
+        """The model's output for these inputs. At the first batch of a stage the spectral radius of df/dz at z* is logged.
 
         That is the mean over its first few samples and over the calls of a layer: below 1 plain iteration converges.
         """
         if batch_index > 0:
-            return self.model(image)
+            return self.model(*inputs)
         with self._calls_recorded() as calls:
-            output = self.model(image)
+            output = self.model(*inputs)
         for name, layer in self.equilibria().items():
             start = torch.Generator().manual_seed(0)  # leaves the global stream alone
             some = [(deq.cell, *_first_rows(z, x)) for deq, x, z in calls if deq is layer]

@@ -67,7 +67,7 @@ class ImageClassifier(EquilibriumModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Cross-entropy plus the Jacobian term."""
         image, label = batch
-        logits, jacobian_term = self.regularized(image, "train")
+        logits, jacobian_term = self.regularized("train", image)
         self._check_labels(logits, label)
         loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
         self.train_metrics.update(logits, label)
@@ -92,7 +92,7 @@ class ImageClassifier(EquilibriumModule):
 
     def _evaluate(self, stage: str, metrics: MetricCollection, batch: Batch, batch_index: int) -> None:
         image, label = batch
-        logits = self.observed(image, stage, batch_index)
+        logits = self.observed(stage, batch_index, image)
         self._check_labels(logits, label)
         metrics.update(logits, label)
         size = label.numel()

@@ -90,7 +90,7 @@ class SemanticSegmenter(EquilibriumModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """Cross-entropy plus the Jacobian term."""
         image, label = batch
-        logits, jacobian_term = self.regularized(image, "train")
+        logits, jacobian_term = self.regularized("train", image)
         loss, pixels = self._loss(logits, label)
         self.train_metrics.update(logits.argmax(dim=1), label)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=pixels)
@@ -113,7 +113,7 @@ class SemanticSegmenter(EquilibriumModule):
 
     def _evaluate(self, stage: str, metrics: MetricCollection, batch: Batch, batch_index: int) -> None:
         image, label = batch
-        logits = self.observed(image, stage, batch_index)
+        logits = self.observed(stage, batch_index, image)
         loss, pixels = self._loss(logits, label)
         metrics.update(logits.argmax(dim=1), label)
         self.log(f"{stage}/loss", loss, on_epoch=True, batch_size=pixels, sync_dist=True)

@@ -367,7 +367,7 @@ def test_the_spectral_radius_is_that_of_a_few_rows(size: int, monkeypatch: pytes
     module.model.deq.on_failure = "ignore"
     module.log = lambda *args, **kwargs: None  # type: ignore[method-assign]
     image = torch.rand(size, 1, 8, 8)
-    logits = module.observed(image, "val", 0)
+    logits = module.observed("val", 0, image)
     assert logits.shape == (size, 10)
     rows = min(size, 4)
     assert [tuple(x.shape) for x in seen] == [(rows, 8, 8, 8), (rows, 8, 4, 4), (rows, 8, 8, 8)]
