@@ -7,8 +7,10 @@ from .idx import DataError
 from .image import ImageDataModule
 from .imagenet import ImageNetDataModule
 from .mnist import FashionMNISTDataModule, MNISTDataModule, mnist_split
+from .pydocs import PyDocsDataModule
 from .scenes import DigitScenesDataModule
 from .segmentation import SegmentationDataModule
+from .text import TextDataModule
 
 __all__ = [
     "CIFAR10DataModule",
@@ -21,7 +23,9 @@ __all__ = [
     "ImageDataModule",
     "ImageNetDataModule",
     "MNISTDataModule",
+    "PyDocsDataModule",
     "SegmentationDataModule",
+    "TextDataModule",
     "cifar_split",
     "digits_split",
     "mnist_split",
