@@ -20,7 +20,7 @@ from zoo.implicit import DEQ, Gradient, Solver, jacobian_penalty, one_draw, spec
 from zoo.implicit.solvers.base import _is_count
 from zoo.registry import plain
 
-from .optimizers import Cosine, make_optimizer
+from .optimizers import Cosine, WarmUp, make_optimizer
 
 OBSERVED = 4
 """Samples of a batch whose spectral radius is looked at: each costs 20 vectors of the size of its state."""
@@ -58,14 +58,16 @@ class EquilibriumModule(pl.LightningModule):
         jacobian_growth_interval: see jacobian_growth.
         jacobian_end_epoch: from this epoch on, counted from 0, there is no penalty.
         jacobian_pretrain_weight: weight of the penalty in the unrolled steps.
-        max_steps_jitter: k; where there is the penalty, the solver's max_steps is changed by a random integer from -k
-            to k - 1.
+        max_steps_jitter: where there is the penalty, the solver's max_steps is changed by a random integer: from low to
+            high, both included, for two numbers ``[low, high]``; from -k to k - 1 for one number k.
         optimizer: a class of ``torch.optim``, unless ``--optimizer`` chooses one.
         optimizer_args: its arguments besides lr and weight_decay, like ``{momentum: 0.9, nesterov: true}``.
         lr: peak learning rate.
         weight_decay: the optimizer's own kind of it.
         schedule: of the learning rate over the whole run, per step: ``cosine`` down to min_lr, or ``constant``.
         min_lr: where ``cosine`` ends.
+        warmup_steps: steps at the beginning of the run in which the learning rate rises linearly from 0 towards lr; the
+            schedule, which counts them too, takes over after them.
 
     Raises:
         ValueError: an unknown name, or an argument out of its range.
@@ -88,13 +90,14 @@ class EquilibriumModule(pl.LightningModule):
         jacobian_growth_interval: int = 10_000,
         jacobian_end_epoch: int | None = None,
         jacobian_pretrain_weight: float = 0.0,
-        max_steps_jitter: int = 0,
+        max_steps_jitter: int | list[int] = 0,
         optimizer: str = "AdamW",
         optimizer_args: dict[str, Any] | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
         schedule: Literal["cosine", "constant"] = "cosine",
         min_lr: float = 0.0,
+        warmup_steps: int = 0,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
@@ -118,7 +121,11 @@ class EquilibriumModule(pl.LightningModule):
             "jacobian_end_epoch takes an integer >= 0, or None",
             jacobian_end_epoch,
         )
-        _require(_is_count(max_steps_jitter, 0), "max_steps_jitter takes an integer >= 0", max_steps_jitter)
+        _require(
+            _is_count(max_steps_jitter, 0) or _is_range(max_steps_jitter),
+            "max_steps_jitter takes an integer >= 0, or two integers [low, high] with low <= high",
+            max_steps_jitter,
+        )
         _require(
             _is_count(pretrain_steps, 0) and _is_count(pretrain_depth, 1),
             "pretrain_steps takes an integer >= 0 and pretrain_depth one >= 1",
@@ -127,6 +134,7 @@ class EquilibriumModule(pl.LightningModule):
         _require(lr >= 0 and weight_decay >= 0, "lr and weight_decay take numbers >= 0", lr, weight_decay)
         _require(schedule in ("cosine", "constant"), "schedule takes 'cosine' or 'constant'", schedule)
         _require(0 <= min_lr <= lr, "min_lr takes a number from 0 to lr", min_lr, lr)
+        _require(_is_count(warmup_steps, 0), "warmup_steps takes an integer >= 0", warmup_steps)
         arguments = dict(model_args or {})
         choices = {"solver": solver, "gradient": gradient}
         arguments.update({key: value for key, value in choices.items() if value is not None})
@@ -155,6 +163,7 @@ class EquilibriumModule(pl.LightningModule):
         self.weight_decay = weight_decay
         self.schedule = schedule
         self.min_lr = min_lr
+        self.warmup_steps = warmup_steps
         self._make_optimizer()  # what it refuses is said now
         self.save_plain_hyperparameters(**given)
 
@@ -260,7 +269,8 @@ class EquilibriumModule(pl.LightningModule):
         draws = torch.Generator().manual_seed((torch.initial_seed() * 1_000_003 + step) % 2**63)
         wanted = float(torch.rand((), generator=draws)) < self.jacobian_frequency
         k = self.max_steps_jitter
-        return wanted, int(torch.randint(-k, k, (), generator=draws)) if k else 0
+        low, high = (-k, max(0, k - 1)) if isinstance(k, int) else k
+        return wanted, int(torch.randint(low, high + 1, (), generator=draws))
 
     def regularized(self, stage: str, *inputs: Any) -> tuple[Any, Tensor]:
         """The model's output for these inputs, and the Jacobian term of the loss: 0 where it is not asked for.
@@ -305,9 +315,10 @@ class EquilibriumModule(pl.LightningModule):
     # --- diagnostics
 
     def observed(self, stage: str, batch_index: int, *inputs: Any) -> Any:
-        """The model's output for these inputs. At the first batch of a stage the spectral radius of df/dz at z* is logged.
+        """The model's output for these inputs.
 
-        That is the mean over its first few samples and over the calls of a layer: below 1 plain iteration converges.
+        At the first batch of a stage the spectral radius of df/dz at z* is logged, as the mean over its first few
+        samples and over the calls of a layer: below 1 plain iteration converges.
         """
         if batch_index > 0:
             return self.model(*inputs)
@@ -344,15 +355,18 @@ class EquilibriumModule(pl.LightningModule):
         """The optimizer over the parameters that require gradients, with the schedule."""
         optimizer = self._make_optimizer()
         if self.schedule == "constant":
-            return optimizer
+            return self._scheduled(optimizer, WarmUp(optimizer, self.warmup_steps)) if self.warmup_steps else optimizer
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise MisconfigurationException(
                 "schedule=cosine takes the length of the run: give the trainer max_epochs or max_steps, or take "
                 "schedule=constant (--model.schedule constant)"
             )
-        scheduler = Cosine(optimizer, max(1, int(steps)), self.min_lr)
-        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": scheduler, "interval": "step"}}
+        return self._scheduled(optimizer, Cosine(optimizer, max(1, int(steps)), self.min_lr, self.warmup_steps))
+
+    @staticmethod
+    def _scheduled(optimizer: torch.optim.Optimizer, schedule: WarmUp) -> dict[str, Any]:
+        return {"optimizer": optimizer, "lr_scheduler": {"scheduler": schedule, "interval": "step"}}
 
     def _make_optimizer(self) -> torch.optim.Optimizer:
         parameters = [p for p in self.parameters() if p.requires_grad]
@@ -373,6 +387,13 @@ def with_classes(model_args: Mapping[str, Any] | None, num_classes: int) -> dict
 def _require(holds: bool, expected: str, *given: Any) -> None:
     if not holds:
         raise ValueError(f"{expected}; given: {' and '.join(map(repr, given))}")
+
+
+def _is_range(value: object) -> bool:
+    """Whether it is ``[low, high]``, two integers."""
+    if not (isinstance(value, list | tuple) and len(value) == 2 and all(type(item) is int for item in value)):
+        return False
+    return bool(value[0] <= value[1])
 
 
 def _first_rows(z: Any, inputs: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:

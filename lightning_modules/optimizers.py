@@ -1,4 +1,4 @@
-"""Optimizers of ``torch.optim`` by name, and the learning rate's way down."""
+"""Optimizers of ``torch.optim`` by name, and the learning rate's way up and down."""
 
 from __future__ import annotations
 
@@ -53,27 +53,29 @@ def make_optimizer(
         ) from error
 
 
-class Cosine(LRScheduler):
-    """The learning rate min_lr + (lr - min_lr) (1 + cos(pi t / T)) / 2 at step t of T, and min_lr after them.
+class WarmUp(LRScheduler):
+    """The learning rate lr t / warmup at step t < warmup, and from there on that of :meth:`rate`: here lr.
 
-    Loshchilov and Hutter, "SGDR" (ICLR 2017), equation 5, without restarts. T and min_lr are those of the run at hand:
-    a resumed run that is longer goes on as if it had been so long from the start.
+    What it depends on is that of the run at hand: a resumed run whose warm-up or length is another goes on as if it
+    had been so from the start.
 
     Args:
         optimizer: whose learning rate it sets.
-        steps: T.
-        min_lr: where it ends.
+        warmup: steps; 0 starts with ``rate``.
     """
 
-    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, min_lr: float = 0.0) -> None:
-        self.steps = steps
-        self.min_lr = min_lr
+    def __init__(self, optimizer: torch.optim.Optimizer, warmup: int = 0) -> None:
+        self.warmup = warmup
         super().__init__(optimizer)
+
+    def rate(self, lr: float | Tensor, t: int) -> float | Tensor:
+        """The learning rate of step t, for a parameter group whose peak is lr."""
+        return lr
 
     def get_lr(self) -> list[float | Tensor]:
         """The learning rates of this step, one a parameter group."""
-        share = (1 + math.cos(math.pi * min(self.last_epoch / self.steps, 1))) / 2
-        return [self.min_lr + (lr - self.min_lr) * share for lr in self.base_lrs]
+        t = self.last_epoch
+        return [lr * (t / self.warmup) if t < self.warmup else self.rate(lr, t) for lr in self.base_lrs]
 
     def state_dict(self) -> dict[str, Any]:
         """What a checkpoint has to know: not how long this run is."""
@@ -85,3 +87,25 @@ class Cosine(LRScheduler):
         self._last_lr = self.get_lr()
         for group, lr in zip(self.optimizer.param_groups, self._last_lr, strict=True):
             group["lr"] = lr
+
+
+class Cosine(WarmUp):
+    """The learning rate min_lr + (lr - min_lr) (1 + cos(pi t / T)) / 2 at step t of T, and min_lr after them.
+
+    Loshchilov and Hutter, "SGDR" (ICLR 2017), equation 5, without restarts. t counts the steps of the warm-up too, as
+    in the published training of DEQ transformers: after it the rate is what it would be without.
+
+    Args:
+        optimizer: whose learning rate it sets.
+        steps: T.
+        min_lr: where it ends.
+        warmup: see :class:`WarmUp`.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, min_lr: float = 0.0, warmup: int = 0) -> None:
+        self.steps = steps
+        self.min_lr = min_lr
+        super().__init__(optimizer, warmup)
+
+    def rate(self, lr: float | Tensor, t: int) -> float | Tensor:
+        return self.min_lr + (lr - self.min_lr) * (1 + math.cos(math.pi * min(t / self.steps, 1))) / 2

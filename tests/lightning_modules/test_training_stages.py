@@ -194,6 +194,14 @@ def test_the_jitter_is_from_minus_k_to_k_less_one(k: int, seed: int) -> None:
     assert all(wanted for wanted, _ in draws)
 
 
+@pytest.mark.parametrize(("jitter", "expected"), [([-2, 0], {-2, -1, 0}), ([3, 3], {3}), (0, {0}), (1, {-1, 0})])
+def test_a_jitter_from_low_to_high(jitter: int | list[int], expected: set[int]) -> None:
+    """That of the published transformer is [-2, 0]."""
+    module = small(jacobian_weight=1.0, max_steps_jitter=jitter)
+    assert {module.jacobian_draw_at(step)[1] for step in range(60)} == expected
+    assert module.hparams["max_steps_jitter"] == jitter
+
+
 def test_only_steps_with_the_penalty_are_jittered(monkeypatch: pytest.MonkeyPatch) -> None:
     batch = next(iter(batches()))
     module = small(
@@ -271,6 +279,57 @@ def test_the_cosine_ends_at_min_lr(lr: float, min_lr: float) -> None:
     expected = [min_lr + (lr - min_lr) * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(9)]
     assert rates.rates == pytest.approx(expected[:8], abs=1e-12)
     assert run.optimizers[0].param_groups[0]["lr"] == pytest.approx(min_lr, abs=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("warmup", "min_lr", "expected"),
+    [
+        (0, 0.0, [0.02, 0.01 * (1 + math.cos(math.pi / 8)), 0.01 * (1 + math.cos(math.pi / 4))]),
+        (1, 0.0, [0.0, 0.01 * (1 + math.cos(math.pi / 8)), 0.01 * (1 + math.cos(math.pi / 4))]),
+        (4, 0.0, [0.0, 0.005, 0.01, 0.015, 0.01, 0.01 * (1 + math.cos(math.pi * 5 / 8))]),
+        (2, 0.01, [0.0, 0.01, 0.01 + 0.005 * (1 + math.cos(math.pi / 4))]),
+        (16, 0.0, [0.02 * k / 16 for k in range(8)]),
+    ],
+)
+def test_the_cosine_counts_the_steps_of_the_warm_up(warmup: int, min_lr: float, expected: list[float]) -> None:
+    rates = Rates()
+    train(small(lr=0.02, min_lr=min_lr, warmup_steps=warmup), rates, max_epochs=2)
+    assert rates.rates[: len(expected)] == pytest.approx(expected, abs=1e-15)
+    without = [min_lr + (0.02 - min_lr) * (1 + math.cos(math.pi * k / 8)) / 2 for k in range(8)]
+    assert rates.rates[warmup:] == pytest.approx(without[warmup:], abs=1e-15)
+
+
+def test_the_published_learning_rate_of_a_transformer() -> None:
+    """Up to 2.5e-4 over 16000 of 300000 steps, and then down along the cosine."""
+    optimizer = torch.optim.Adam([torch.nn.Parameter(torch.zeros(1))], lr=2.5e-4)
+    schedule = Cosine(optimizer, 300_000, warmup=16_000)
+    for t, expected in {
+        0: 0.0,
+        8_000: 1.25e-4,
+        15_999: 2.5e-4 * 15_999 / 16_000,
+        16_000: 2.482495046338e-4,  # 2.5e-4 (1 + cos(0.16755...)) / 2
+        150_000: 1.25e-4,
+        300_000: 0.0,
+    }.items():
+        schedule.last_epoch = t
+        assert schedule.get_lr() == pytest.approx([expected], rel=1e-10, abs=1e-18)
+
+
+def test_a_constant_learning_rate_is_warmed_up_too() -> None:
+    rates = Rates()
+    train(small(lr=0.02, schedule="constant", warmup_steps=4), rates, max_epochs=2)
+    assert rates.rates == pytest.approx([0.0, 0.005, 0.01, 0.015, 0.02, 0.02, 0.02, 0.02], abs=1e-15)
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "constant"])
+def test_a_warm_up_is_resumed_within(tmp_path: Path, schedule: str) -> None:
+    options = {"lr": 0.02, "schedule": schedule, "warmup_steps": 6}
+    whole, before, after = Rates(), Rates(), Rates()
+    train(small(**options), whole, max_epochs=2)
+    train(small(**options), before, max_epochs=1).save_checkpoint(tmp_path / "half.ckpt", weights_only=False)
+    train(small(**options), after, max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
+    assert before.rates + after.rates == whole.rates
+    assert whole.rates[:7] == pytest.approx([0.02 * k / 6 for k in range(6)] + whole.rates[6:7], abs=1e-15)
 
 
 @pytest.mark.parametrize("longer", [3, 4])
@@ -387,7 +446,15 @@ def test_the_spectral_radius_is_that_of_a_few_rows(size: int, monkeypatch: pytes
         ({"jacobian_growth": -0.1}, "jacobian_growth and jacobian_pretrain_weight take numbers >= 0; given: -0.1 and"),
         ({"jacobian_pretrain_weight": -1}, "take numbers >= 0; given: 0.0 and -1"),
         ({"jacobian_end_epoch": -1}, "jacobian_end_epoch takes an integer >= 0, or None; given: -1"),
-        ({"max_steps_jitter": -1}, "max_steps_jitter takes an integer >= 0; given: -1"),
+        (
+            {"max_steps_jitter": -1},
+            r"max_steps_jitter takes an integer >= 0, or two integers \[low, high\] .*given: -1",
+        ),
+        ({"max_steps_jitter": [1, 0]}, r"with low <= high; given: \[1, 0\]"),
+        ({"max_steps_jitter": [0]}, r"max_steps_jitter takes .*; given: \[0\]"),
+        ({"max_steps_jitter": [0.0, 1]}, r"max_steps_jitter takes .*; given: \[0.0, 1\]"),
+        ({"warmup_steps": -1}, "warmup_steps takes an integer >= 0; given: -1"),
+        ({"warmup_steps": 2.5}, "warmup_steps takes an integer >= 0; given: 2.5"),
         ({"min_lr": 0.1}, "min_lr takes a number from 0 to lr; given: 0.1 and 0.001"),
         ({"optimizer": "AdmW"}, r"unknown optimizer 'AdmW'. Did you mean 'AdamW'\? Known: .*SGD"),
         (
