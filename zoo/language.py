@@ -120,7 +120,7 @@ class LanguageModel(nn.Module, ABC):
 
     def remembered(self, old: Tensor, new: Tensor) -> Tensor:
         """The last memory_length positions of ``(B, m, *)`` and ``(B, L, *)``, without their graph."""
-        both = torch.cat([old, new.detach()], dim=1)
+        both = torch.cat([old, new], dim=1).detach()
         return both[:, max(0, both.shape[1] - self.memory_length) :]
 
     def check_tokens(self, tokens: Tensor) -> None:
