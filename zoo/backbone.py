@@ -7,6 +7,7 @@ import os
 from torch import nn
 
 from .originals import load_original
+from .originals.common import problems
 from .weights import WeightsError, list_weights, load_pretrained
 
 _HEAD = "head."
@@ -41,19 +42,9 @@ def load_backbone(model: nn.Module, source: str | os.PathLike[str] | nn.Module) 
         found = load_pretrained(name) if shipped else load_original(name)
     theirs = {key: value for key, value in found.state_dict().items() if not key.startswith(_HEAD)}
     wanted = {key: value for key, value in ours.items() if not key.startswith(_HEAD)}
-    different = [
-        f"{key}: {_shape(theirs.get(key))} there, {_shape(wanted.get(key))} here"
-        for key in (*wanted, *(theirs.keys() - wanted.keys()))
-        if key not in theirs or key not in wanted or theirs[key].shape != wanted[key].shape
-    ]
-    if different:
-        more = f", and {len(different) - 3} more" if len(different) > 3 else ""
+    if different := problems(theirs, wanted):
         raise WeightsError(
-            f"{name} has another stem or cell than this {type(model).__name__}: {'; '.join(different[:3])}{more}. Make "
-            "the model with the same channels, expansion, post_affine and weight_norm"
+            f"{name} has another stem or cell than this {type(model).__name__}: in it {different}. Make the model with "
+            "the same channels, expansion, post_affine and weight_norm"
         )
     model.load_state_dict({**ours, **theirs})
-
-
-def _shape(tensor: object) -> str:
-    return "absent" if tensor is None else str(tuple(getattr(tensor, "shape", ())))

@@ -443,7 +443,7 @@ def test_two_prefixes_for_one_key() -> None:
         ({3: torch.ones(1)}, "the given mapping is no state dict, that is a mapping of names to tensors, and has none"),
         (
             {"module.update_block.gru.convz1.weight_g": torch.ones(1), "module.fnet.conv1.bias": torch.ones(1)},
-            "the given mapping is of no family that load_original knows (MDEQ): its 2 keys are like "
+            "the given mapping is of no family that load_original knows (MDEQ, DEQ transformer): its 2 keys are like "
             "'update_block.gru.convz1.weight_g', 'fnet.conv1.bias'",
         ),
     ],

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from zoo.weights import WeightsError
 
-from . import mdeq
+from . import mdeq, transformer
 
 
 class _Family(NamedTuple):
@@ -23,7 +23,10 @@ class _Family(NamedTuple):
     load: Callable[[dict[str, Tensor], str, dict[str, Any]], nn.Module]
 
 
-_FAMILIES = {"MDEQ": _Family(mdeq.MARKS, mdeq.load)}
+_FAMILIES = {
+    "MDEQ": _Family(mdeq.MARKS, mdeq.load),
+    "DEQ transformer": _Family(transformer.MARKS, transformer.load),
+}
 _WRAPPERS = re.compile(r"^(?:(?:module|model)\.)+")  # of DataParallel, and of a model with its loss
 _OWN = "deq.cell."  # how keys of the zoo's own models begin
 
@@ -33,15 +36,22 @@ def load_original(source: str | os.PathLike[str] | Mapping[str, Any], **override
 
     Family and sizes are read off the checkpoint's keys and shapes, and every weight is taken from it: what it lacks,
     what it has besides, and what has another shape is an error. Known are the formats of MDEQ (locuslab/mdeq,
-    locuslab/deq MDEQ-Vision and torchdeq): the state dict by itself or under the key ``"state_dict"`` of a training
+    locuslab/deq MDEQ-Vision and torchdeq) and of the DEQ transformer (locuslab/deq DEQ-Sequence, before and since 2021,
+    and torchdeq's deq-seq and deq-lm): the state dict by itself or under the key ``"state_dict"`` of a training
     checkpoint, with or without the prefixes ``module.`` and ``model.``, with or without the copies of the cell that
-    locuslab/mdeq stored.
+    older code stored.
 
-    Not in an MDEQ checkpoint are ``stem_stride``, ``mean``, ``std``, ``dropout``, ``groups`` and the like. They are
-    those of the registered model that has these sizes, whatever its ``num_classes``, which then is the model's name
-    (``mdeq_large`` for ``mdeq_large_reg`` too: they differ in ``dropout`` only). Other sizes are ``"mdeq"`` or
-    ``"mdeq_segmenter"`` with that model's defaults; their images are not normalised unless ``mean`` and ``std`` say
-    how.
+    What no shape tells is that of the registered model that has these sizes, which then is the model's name. Other
+    sizes are a generic model, with that model's defaults.
+
+    Not in an MDEQ checkpoint are ``stem_stride``, ``mean``, ``std``, ``dropout``, ``groups`` and the like. Registered
+    sizes count whatever their ``num_classes`` (``mdeq_large`` is the name for ``mdeq_large_reg`` too: they differ in
+    ``dropout`` only). The generic ones are ``"mdeq"`` and ``"mdeq_segmenter"``; their images are not normalised unless
+    ``mean`` and ``std`` say how.
+
+    Not in the checkpoint of a DEQ transformer are the vocabulary, ``memory_length``, ``attention_span``, the dropouts,
+    and whether it is post-LN or pre-LN: it is taken for post-LN unless ``norm="pre"`` is given. The generic one is
+    ``"deq_transformer"``. Weights that the published code ties are one here, and have to be equal in the checkpoint.
 
     Args:
         source: a file, read by ``torch.load(weights_only=True)``, or as safetensors where its name ends so; or what
