@@ -3,12 +3,14 @@
 from .base import EquilibriumModule
 from .callbacks import InterruptCheckpoint, PredictionWriter, run_dir
 from .image_classifier import ImageClassifier
+from .language_model import LanguageModel
 from .semantic_segmenter import SemanticSegmenter
 
 __all__ = [
     "EquilibriumModule",
     "ImageClassifier",
     "InterruptCheckpoint",
+    "LanguageModel",
     "PredictionWriter",
     "SemanticSegmenter",
     "run_dir",

@@ -373,15 +373,15 @@ class EquilibriumModule(pl.LightningModule):
         return make_optimizer(self.optimizer, parameters, self.lr, self.weight_decay, self.optimizer_args)
 
 
-def with_classes(model_args: Mapping[str, Any] | None, num_classes: int) -> dict[str, Any]:
-    """The model's arguments, the number of classes among them.
+def with_own(model_args: Mapping[str, Any] | None, **own: Any) -> dict[str, Any]:
+    """The model's arguments, those among them that are arguments of the module too, like the number of classes.
 
     Raises:
-        ValueError: it was given twice.
+        ValueError: one was given twice.
     """
-    if "num_classes" in (model_args or {}):
-        raise ValueError("num_classes is an argument of its own, beside model_args, and not one of them")
-    return {**(model_args or {}), "num_classes": num_classes}
+    for name in own.keys() & (model_args or {}).keys():
+        raise ValueError(f"{name} is an argument of its own, beside model_args, and not one of them")
+    return {**(model_args or {}), **own}
 
 
 def _require(holds: bool, expected: str, *given: Any) -> None:

@@ -49,7 +49,8 @@ class PredictionWriter(BasePredictionWriter):
 
     Numbers, tensors ``(B,)``, go to ``predictions.csv``. Label maps, uint8 ``(B, H, W)``, go to PNG files whose grey
     values are the classes, ``<name>/<index>.png``, and the CSV file has their paths. Under several processes each
-    writes its own table, ``predictions.<rank>.csv``; the column ``index`` is the sample's position in the data set.
+    writes its own table, ``predictions.<rank>.csv``; the column ``index`` is the sample's position in the data set, or
+    in what this process read where the data are no set of samples, as text is none.
 
     Raises:
         ValueError: an entry is neither of the two.
@@ -72,7 +73,9 @@ class PredictionWriter(BasePredictionWriter):
         with (folder / name).open("w", newline="", encoding="utf-8") as file:
             writer = csv.writer(file)
             rows = 0
-            for batch, indices in zip(predictions, batch_indices[0], strict=True):
+            for number, batch in enumerate(predictions):
+                size = len(next(iter(batch.values())))
+                indices = batch_indices[0][number] if batch_indices[0] else range(rows, rows + size)
                 columns = {key: _column(folder, key, value, indices) for key, value in batch.items()}
                 if rows == 0:
                     writer.writerow(["index", *columns])

@@ -11,7 +11,7 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from zoo import InputError
 
-from .base import EquilibriumModule, with_classes
+from .base import EquilibriumModule, with_own
 from .targets import check_targets
 
 Batch = tuple[Tensor, Tensor]
@@ -44,7 +44,7 @@ class ImageClassifier(EquilibriumModule):
     ) -> None:
         if not 0 <= label_smoothing < 1:
             raise ValueError(f"label_smoothing takes a number in [0, 1); given: {label_smoothing!r}")
-        super().__init__(model=model, model_args=with_classes(model_args, num_classes), **options)
+        super().__init__(model=model, model_args=with_own(model_args, num_classes=num_classes), **options)
         self.save_plain_hyperparameters(num_classes=num_classes, model_args=model_args, label_smoothing=label_smoothing)
         self.num_classes = num_classes
         self.label_smoothing = label_smoothing

@@ -13,7 +13,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from zoo import InputError
 
-from .base import EquilibriumModule, with_classes
+from .base import EquilibriumModule, with_own
 from .targets import check_targets
 
 Batch = tuple[Tensor, Tensor]
@@ -58,7 +58,7 @@ class SemanticSegmenter(EquilibriumModule):
             raise ValueError(
                 f"class_weights takes a number >= 0 for each of {num_classes} classes, not all 0; given: {weights!r}"
             )
-        super().__init__(model=model, model_args=with_classes(model_args, num_classes), **options)
+        super().__init__(model=model, model_args=with_own(model_args, num_classes=num_classes), **options)
         self.save_plain_hyperparameters(
             num_classes=num_classes, model_args=model_args, ignore_index=ignore_index, class_weights=class_weights
         )
