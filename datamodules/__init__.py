@@ -11,6 +11,8 @@ from .pydocs import PyDocsDataModule
 from .scenes import DigitScenesDataModule
 from .segmentation import SegmentationDataModule
 from .text import TextDataModule
+from .text_folder import TextFolderDataModule
+from .wikitext import WikiText103DataModule
 
 __all__ = [
     "CIFAR10DataModule",
@@ -26,6 +28,8 @@ __all__ = [
     "PyDocsDataModule",
     "SegmentationDataModule",
     "TextDataModule",
+    "TextFolderDataModule",
+    "WikiText103DataModule",
     "cifar_split",
     "digits_split",
     "mnist_split",

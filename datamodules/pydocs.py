@@ -44,7 +44,7 @@ class PyDocsDataModule(TextDataModule):
 
     The SHA-256 of a document's name, read as a fraction, decides where the document goes: below 0.05 to the test text,
     below 0.1 to the validation text, and else to the training text. Documents stand in the order of these fractions,
-    with two empty lines between them. The text is the same wherever the version of Python is.
+    with two empty lines between them. The text depends on the version of Python, not on the machine.
 
     Args:
         sources: ``"topics"``, ``"docstrings"`` or ``"all"``.
