@@ -11,8 +11,9 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
-from lightning_modules import ImageClassifier, PredictionWriter
+from lightning_modules import ImageClassifier, LanguageModel, PredictionWriter
 from tests.command_line import rows, same
+from tests.lightning_modules import texts
 from zoo.implicit import Anderson, ImplicitGradient
 
 # From Python 3.12 a fork of a process with threads is warned of; Lightning's ddp_fork is such a fork.
@@ -64,12 +65,11 @@ def module(**arguments: Any) -> ImageClassifier:
 def trainer(processes: int, *callbacks: pl.Callback, **arguments: Any) -> pl.Trainer:
     quiet = dict.fromkeys(("logger", "enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
     several = {"strategy": "ddp_fork", "devices": processes} if processes > 1 else {"devices": 1}
+    few = {"max_epochs": 1, "limit_val_batches": 0}
     return pl.Trainer(
         accelerator="cpu",
-        max_epochs=1,
         use_distributed_sampler=False,
-        limit_val_batches=0,
-        **{**quiet, **several, **arguments},
+        **{**quiet, **several, **few, **arguments},
         callbacks=list(callbacks),
     )
 
@@ -102,6 +102,46 @@ def test_the_ranks_stay_equal_with_the_jacobian_term(tmp_path: Path) -> None:
     assert same(dict(first), dict(second))
     (without,) = trained(1, tmp_path / "one")
     assert max((first[name] - value).abs().max() for name, value in without.items()) > 1e-3
+
+
+class KeepText(KeepWeights):
+    """Its memory too, and what was measured; and a checkpoint of all."""
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        assert isinstance(module, LanguageModel)
+        content = {"weights": module.state_dict(), "memory": list(module._memories["train"])}
+        content["measured"] = {name: value.double() for name, value in trainer.callback_metrics.items()}
+        torch.save(content, self.folder / f"rank{trainer.global_rank}.pt")
+        trainer.save_checkpoint(self.folder / "run.ckpt")
+
+
+def read(processes: int, folder: Path) -> list[dict[str, Any]]:
+    """What the ranks kept that read four streams of text together."""
+    folder.mkdir()
+    module = texts.small(schedule="constant")
+    module.configure_optimizers = lambda: torch.optim.SGD(module.parameters(), lr=0.1)  # type: ignore[method-assign]
+    run = trainer(processes, KeepText(folder), limit_val_batches=1.0, num_sanity_val_steps=0)
+    run.fit(module, datamodule=texts.texts(batch_size=4 // processes))
+    return [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+
+
+def test_two_processes_read_as_one_that_reads_all_their_streams(tmp_path: Path) -> None:
+    """Each remembers its own streams; figures are sums over all, though one process has fewer streams to validate."""
+    (one,) = read(1, tmp_path / "one")
+    two = read(2, tmp_path / "two")
+    assert same(two[0]["weights"], two[1]["weights"])
+    for name, value in one["weights"].items():
+        torch.testing.assert_close(two[0]["weights"][name], value, rtol=0, atol=2e-5)
+    start = texts.small().state_dict()
+    assert max((value - start[name]).abs().max() for name, value in one["weights"].items()) > 1e-2
+    for memory, parts in zip(one["memory"], zip(*(rank["memory"] for rank in two), strict=True), strict=True):
+        torch.testing.assert_close(torch.cat(parts), memory, rtol=0, atol=1e-3)
+    names = ["train/perplexity", "train/bits_per_byte", "val/loss", "val/perplexity", "val/bits_per_byte"]
+    for rank in two:
+        found = {name: rank["measured"][name].item() for name in names}
+        assert found == pytest.approx({name: one["measured"][name].item() for name in names}, rel=1e-4)
+    kept = [torch.load(tmp_path / name / "run.ckpt", weights_only=True) for name in ("one", "two")]
+    assert [("deq_zoo_memory" in content) for content in kept] == [True, False], "one of two is not enough"
 
 
 def test_each_process_writes_its_own_predictions(tmp_path: Path) -> None:
