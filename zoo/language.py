@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .errors import InputError
-from .vocabulary import TiedVocabulary
+from .vocabulary import IGNORED, TiedVocabulary
 
 M = TypeVar("M")
 BYTES = 256
@@ -46,7 +46,17 @@ class LanguageModel(nn.Module, ABC):
         return cast(tuple[Tensor, Any], self(token, memory))
 
     def nll(self, h: Tensor, target: Tensor) -> Tensor:
-        """-log p(target) in nats: ``(B, L, d)`` and int64 ``(B, L)`` -> ``(B, L)``; 0 where the target is -100."""
+        """-log p(target) in nats: ``(B, L, d)`` and int64 ``(B, L)`` -> ``(B, L)``; 0 where the target is -100.
+
+        Raises:
+            InputError: targets of another shape or dtype, or outside of the vocabulary.
+        """
+        if target.dtype != torch.int64 or target.shape != h.shape[:-1]:
+            raise InputError(
+                f"nll takes a target for each position, int64 {tuple(h.shape[:-1])}; given: {target.dtype} of shape "
+                f"{tuple(target.shape)}"
+            )
+        self._check_range("targets", target.where(target != IGNORED, 0), f", or {IGNORED} where they do not count")
         return self.vocabulary.nll(h, target)
 
     def log_prob(self, tokens: Tensor, memory: M | None = None) -> tuple[Tensor, M]:
@@ -109,7 +119,7 @@ class LanguageModel(nn.Module, ABC):
             h, memory = self(segment, memory)
         written = []
         while True:
-            log_p = self.vocabulary.log_probs(h[:, -1].float())
+            log_p = self.vocabulary.log_probs(h[:, -1])
             token = _draw(log_p, temperature, top_k, top_p, generator)
             written.append(token)
             if len(written) == length:
@@ -125,15 +135,13 @@ class LanguageModel(nn.Module, ABC):
 
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise InputError unless these are tokens of the vocabulary, ``(B, L)`` with L >= 1."""
-        name, V = type(self).__name__, self.vocab_size
+        name = type(self).__name__
         if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.shape[1] == 0:
             raise InputError(
                 f"{name} takes tokens int64 (B, L) with L >= 1; given: {tokens.dtype} of shape {tuple(tokens.shape)}"
                 + (". A text begins with one token at least, like '\\n'" if 0 in tokens.shape[1:] else "")
             )
-        low, high = torch.stack(tokens.aminmax()).tolist() if tokens.numel() else (0, 0)  # one transfer to the host
-        if low < 0 or high >= V:
-            raise InputError(f"tokens are from 0 to {V - 1} (vocab_size={V}); given: from {low} to {high}")
+        self._check_range("tokens", tokens)
 
     def check_memory(self, tokens: Tensor, memory: Any) -> None:
         """Raise InputError unless the memory is of as many texts as there are tokens of."""
@@ -142,6 +150,14 @@ class LanguageModel(nn.Module, ABC):
             raise InputError(
                 f"a memory is of the same texts as the tokens; given: tokens of {tokens.shape[0]} texts and a memory "
                 f"of {max(sizes)}. Give memory=None where other texts begin"
+            )
+
+    def _check_range(self, what: str, tokens: Tensor, more: str = "") -> None:
+        low, high = torch.stack(tokens.aminmax()).tolist() if tokens.numel() else (0, 0)  # one transfer to the host
+        if low < 0 or high >= self.vocab_size:
+            raise InputError(
+                f"{what} are from 0 to {self.vocab_size - 1} (vocab_size={self.vocab_size}){more}; given: from {low} "
+                f"to {high}"
             )
 
     def _bytes_of(self, text: str | bytes) -> Tensor:

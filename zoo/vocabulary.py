@@ -77,27 +77,25 @@ class TiedVocabulary(nn.Module):
         """-log p(target | h) in nats, 0 where the target is -100.
 
         Shape:
-            h ``(*, d)``, target int64 ``(*)`` -> ``(*)``.
+            h ``(*, d)``, target int64 ``(*)`` -> ``(*)``, at least float32.
         """
         counts = target != IGNORED
         flat_h, flat = h.flatten(0, -2), target.where(counts, 0).flatten()
-        head = self._head(flat_h).log_softmax(dim=1)
+        head = _log_softmax(self._head(flat_h))
         size = self.edges[1]
         log_p = head.gather(1, flat.clamp(max=size - 1).unsqueeze(1)).squeeze(1)
         for i, (first, last) in enumerate(itertools.pairwise(self.edges[1:]), start=1):
             rows = ((first <= flat) & (flat < last)).nonzero().squeeze(1)
-            tail = self._tail(flat_h[rows], i).log_softmax(dim=1)
+            tail = _log_softmax(self._tail(flat_h[rows], i))
             inside = tail.gather(1, (flat[rows] - first).unsqueeze(1)).squeeze(1)
-            log_p = log_p.index_copy(0, rows, (head[rows, -i] + inside).to(log_p.dtype))
+            log_p = log_p.index_copy(0, rows, head[rows, -i] + inside)
         values: Tensor = -log_p.unflatten(0, target.shape)
         return values.where(counts, 0)
 
     def log_probs(self, h: Tensor) -> Tensor:
-        """Log p of all tokens: ``(*, d)`` -> ``(*, V)``."""
-        head = self._head(h).log_softmax(dim=-1)
-        tails = [
-            head[..., -i].unsqueeze(-1) + self._tail(h, i).log_softmax(dim=-1) for i in range(1, len(self.edges) - 1)
-        ]
+        """Log p of all tokens: ``(*, d)`` -> ``(*, V)``, at least float32."""
+        head = _log_softmax(self._head(h))
+        tails = [head[..., -i].unsqueeze(-1) + _log_softmax(self._tail(h, i)) for i in range(1, len(self.edges) - 1)]
         return torch.cat([head[..., : self.edges[1]], *tails], dim=-1)
 
     def _head(self, h: Tensor) -> Tensor:
@@ -112,3 +110,8 @@ class TiedVocabulary(nn.Module):
 
     def extra_repr(self) -> str:
         return f"vocab_size={self.edges[-1]}, d_model={self.d_model}, cutoffs={self.edges[1:-1]}"
+
+
+def _log_softmax(logits: Tensor) -> Tensor:
+    """Over the last dimension, in at least float32 also where autocast made the logits narrower."""
+    return logits.log_softmax(dim=-1, dtype=torch.promote_types(logits.dtype, torch.float32))
