@@ -128,8 +128,8 @@ def test_it_learns() -> None:
 
     module = small(lr=0.03, jacobian_weight=0.02, warmup_steps=10)
     module.model.deq.on_failure = "ignore"
-    run = fit(module, data=Again(batch_size=4, segment_length=5, eval_batch_size=4), max_epochs=8)
-    assert run.callback_metrics["val/perplexity"] < 3, "of 11 words"
+    run = fit(module, data=Again(batch_size=4, segment_length=5, eval_batch_size=4), max_epochs=5)
+    assert run.callback_metrics["val/perplexity"] < 5, "of 11 words"
     assert run.callback_metrics["val/converged"] > 0.9
 
 
