@@ -10,9 +10,10 @@ from collections.abc import Sequence
 
 from torch import Tensor, nn
 
+from .attention import Past, sinusoids
 from .language import LanguageModel
 from .registry import register_model
-from .transformer import Block, Past, check_sizes, sinusoids
+from .transformer import Block, check_sizes
 from .vocabulary import TiedVocabulary
 
 LayerMemory = tuple[Tensor, ...]
