@@ -8,7 +8,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, replace
 from functools import partial
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,29 +24,38 @@ from zoo.implicit import (
     fixed_point,
 )
 
-from .problems import Problem
-
-Map = Callable[..., Tensor]
+Map = Callable[..., Any]
 Steps = tuple[int, int] | None
+
+
+class Equation(Protocol):
+    """z = f(z, *inputs), from z0, a tensor or a tuple of tensors, with what solvers may take if they are not told."""
+
+    @property
+    def z0(self) -> Any: ...
+    @property
+    def inputs(self) -> tuple[Any, ...]: ...
+    @property
+    def max_steps(self) -> int: ...
 
 
 class Contestant(ABC):
     """One way to solve z = f(z, *inputs), forward or, for a solve of the same library, as its adjoint.
 
-    Each method takes the map by itself, which stands for ``problem.f`` and may count or trace besides. Tolerances are
+    Each method takes the map by itself, which stands for f and may count or trace besides. Tolerances are
     relative: forward to ||f(z)||. ``max_steps=None`` is the problem's.
     """
 
     name: str
 
     @abstractmethod
-    def solve(self, f: Map, problem: Problem, tol: float, max_steps: int | None = None) -> Tensor:
+    def solve(self, f: Map, problem: Equation, tol: float, max_steps: int | None = None) -> Tensor:
         """z* without a graph."""
 
     @abstractmethod
     def equilibrium(
-        self, f: Map, problem: Problem, tol: float, adjoint: Any, adjoint_tol: float, max_steps: Steps = None
-    ) -> Tensor:
+        self, f: Map, problem: Equation, tol: float, adjoint: Any, adjoint_tol: float, max_steps: Steps = None
+    ) -> Any:
         """z* with the implicit gradient, whose equation ``adjoint`` solves; ``max_steps`` are (forward, adjoint)."""
 
 
@@ -57,25 +66,23 @@ class Zoo(Contestant):
     name: str
     solver: Solver
 
-    def configured(self, problem: Problem, tol: float, max_steps: int | None) -> Solver:
+    def configured(self, problem: Equation, tol: float, max_steps: int | None) -> Solver:
         return replace(self.solver, tol=tol, max_steps=problem.max_steps if max_steps is None else max_steps)
 
-    def solve(self, f: Map, problem: Problem, tol: float, max_steps: int | None = None) -> Tensor:
+    def solve(self, f: Map, problem: Equation, tol: float, max_steps: int | None = None) -> Tensor:
         solver = self.configured(problem, tol, max_steps)
         with torch.no_grad():
             z: Tensor = fixed_point(f, problem.z0, *problem.inputs, solver=solver, on_failure="ignore")[0]
         return z
 
     def equilibrium(
-        self, f: Map, problem: Problem, tol: float, adjoint: Zoo, adjoint_tol: float, max_steps: Steps = None
-    ) -> Tensor:
+        self, f: Map, problem: Equation, tol: float, adjoint: Zoo, adjoint_tol: float, max_steps: Steps = None
+    ) -> Any:
         steps, adjoint_steps = max_steps or (None, None)
         gradient = ImplicitGradient(adjoint.configured(problem, adjoint_tol, adjoint_steps))
         solver = self.configured(problem, tol, steps)
-        z: Tensor = fixed_point(f, problem.z0, *problem.inputs, solver=solver, gradient=gradient, on_failure="ignore")[
-            0
-        ]
-        return z
+        found = fixed_point(f, problem.z0, *problem.inputs, solver=solver, gradient=gradient, on_failure="ignore")
+        return found[0]
 
 
 @dataclass(frozen=True)
@@ -90,11 +97,12 @@ class TorchDEQ(Contestant):
     options: Mapping[str, Any] = field(default_factory=dict)
     stop_mode: str = "rel"
 
-    def solve(self, f: Map, problem: Problem, tol: float, max_steps: int | None = None) -> Tensor:
+    def solve(self, f: Map, problem: Equation, tol: float, max_steps: int | None = None) -> Tensor:
         solver = torchdeq().solver.get_solver(self.solver)
 
         def function(z: Tensor, **_: float) -> Tensor:  # simple_fixed_point_iter hands its damping to the map
-            return f(z, *problem.inputs)
+            fz: Tensor = f(z, *problem.inputs)
+            return fz
 
         with torch.no_grad():
             z: Tensor = solver(
@@ -108,8 +116,8 @@ class TorchDEQ(Contestant):
         return z
 
     def equilibrium(
-        self, f: Map, problem: Problem, tol: float, adjoint: TorchDEQ, adjoint_tol: float, max_steps: Steps = None
-    ) -> Tensor:
+        self, f: Map, problem: Equation, tol: float, adjoint: TorchDEQ, adjoint_tol: float, max_steps: Steps = None
+    ) -> Any:
         steps, adjoint_steps = max_steps or (problem.max_steps, problem.max_steps)
         deq = torchdeq().get_deq(
             ift=True,
@@ -122,8 +130,13 @@ class TorchDEQ(Contestant):
             b_stop_mode=adjoint.stop_mode,
             b_max_iter=adjoint_steps,
         )
-        states: list[Tensor] = deq(lambda z: f(z, *problem.inputs), problem.z0, solver_kwargs=dict(self.options))[0]
-        return states[0]
+        several = isinstance(problem.z0, tuple)
+
+        def function(*z: Tensor) -> Any:
+            return f(z if several else z[0], *problem.inputs)
+
+        (state,) = deq(function, problem.z0, solver_kwargs=dict(self.options))[0]
+        return tuple(state) if several else state
 
     def registered(self) -> str:
         """A name under which TorchDEQ finds this solver with its options, which it does not take for the adjoint."""

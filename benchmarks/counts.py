@@ -16,7 +16,10 @@ ROUNDING = 1.05  # what a measured residual may be above the tolerance
 
 
 class Counting(nn.Module):
-    """f, and the number of its evaluations and of products with its Jacobian's transpose."""
+    """f, and the number of its evaluations and of products with its Jacobian's transpose.
+
+    The state is a tensor, or a tuple of tensors.
+    """
 
     def __init__(self, f: nn.Module) -> None:
         super().__init__()
@@ -24,10 +27,14 @@ class Counting(nn.Module):
         self.evaluations = 0
         self.products = 0
 
-    def forward(self, z: Tensor, *inputs: Tensor) -> Tensor:
+    def forward(self, z: Any, *inputs: Any) -> Any:
         self.evaluations += 1
-        value: Tensor = self.f(_CountBackward.apply(z, self) if z.requires_grad else z, *inputs)
-        return value
+        return self.f(self._counted(z) if isinstance(z, Tensor) else (self._counted(z[0]), *z[1:]), *inputs)
+
+    def _counted(self, z: Tensor) -> Tensor:
+        """``z``, so that a gradient with respect to it is counted."""
+        counted: Tensor = _CountBackward.apply(z, self) if z.requires_grad else z
+        return counted
 
 
 class _CountBackward(torch.autograd.Function):

@@ -5,13 +5,14 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor
 
 from zoo.implicit import GMRES
 
-from .contestants import ANDERSON, Contestant, Zoo
+from .contestants import ANDERSON, Contestant, Equation, Map, Steps, Zoo
 from .counts import Counting
 from .problems import Problem
 
@@ -22,12 +23,14 @@ Gradient = Sequence[Tensor]
 
 
 @dataclass(frozen=True)
-class Setting:
+class Pair:
     """A pair of solvers of one library with their tolerances, and what one pass with them took and gave.
 
     Attributes:
+        tol: of the forward solve, relative to ||f(z)||.
+        adjoint_tol: relative to ||g|| in the zoo, to ||u|| in TorchDEQ.
         error: ||dL/dtheta - reference|| / ||reference||.
-        evaluations: of f in the forward solve.
+        evaluations: of f.
         products: with J^T in the adjoint solve.
     """
 
@@ -43,10 +46,33 @@ class Setting:
     def name(self) -> str:
         return f"{self.forward.name} / {self.adjoint.name.partition(' ')[2]}"
 
+    def equilibrium_of(self, f: Map, equation: Equation, max_steps: Steps) -> Any:
+        """z* with its implicit gradient."""
+        if type(self.forward) is not type(self.adjoint):
+            raise TypeError(f"a pair is of one library; given: {self.forward.name}, {self.adjoint.name}")
+        return self.forward.equilibrium(f, equation, self.tol, self.adjoint, self.adjoint_tol, max_steps)
+
+
+P = TypeVar("P", bound=Pair)
+
+
+def tight_enough(pair: P, level: float, measured: Callable[[P], P]) -> P | None:
+    """The pair with its numbers; both tolerances are halved, thrice at most, until the error is below ``level``."""
+    for shrink in (1, 2, 4, 8):
+        found = measured(replace(pair, tol=pair.tol / shrink, adjoint_tol=pair.adjoint_tol / shrink))
+        if found.error <= level:
+            return found
+    return None
+
+
+@dataclass(frozen=True)
+class Setting(Pair):
+    """A pair on a :class:`Problem`. ``evaluations`` are those of the forward solve."""
+
     def measured(self, problem: Problem, reference: Gradient, max_steps: int) -> Setting:
         """The same with the numbers of one pass."""
         f = Counting(problem.f)
-        z = self.forward.equilibrium(f, problem, self.tol, self.adjoint, self.adjoint_tol, (max_steps, max_steps))
+        z = self.equilibrium_of(f, problem, (max_steps, max_steps))
         evaluations = f.evaluations - 1  # the last one is recorded for the gradient
         error = relative_error(_gradient(problem, z), reference)
         return replace(self, error=error, evaluations=evaluations, products=f.products)
@@ -55,11 +81,7 @@ class Setting:
         """One pass of a setting that was measured. The solves may take just the steps that they need, since TorchDEQ's
         Broyden pays for those that it may take.
         """
-        steps = (self.evaluations, self.products)
-        return _gradient(
-            problem,
-            self.forward.equilibrium(problem.f, problem, self.tol, self.adjoint, self.adjoint_tol, steps),
-        )
+        return _gradient(problem, self.equilibrium_of(problem.f, problem, (self.evaluations, self.products)))
 
 
 def exact_gradient(problem: Problem, z: Tensor, tol: float = 1e-10) -> Gradient:
@@ -138,11 +160,11 @@ def settings(
             tol, adjoint_tol = tols[a.name].get(half), adjoint_tols[b.name].get(half)
             if tol is None or adjoint_tol is None:
                 continue
-            for shrink in (1, 2, 4, 8):
-                setting = Setting(a, b, tol / shrink, adjoint_tol / shrink).measured(problem, reference, max_steps)
-                if setting.error <= level:
-                    found[level].append(setting)
-                    break
+            setting = tight_enough(
+                Setting(a, b, tol, adjoint_tol), level, lambda s: s.measured(problem, reference, max_steps)
+            )
+            if setting is not None:
+                found[level].append(setting)
     return found
 
 

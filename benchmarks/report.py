@@ -6,7 +6,7 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-Data = dict[str, Any]
+from .command import Data, made_by
 
 OURS = "zoo anderson"
 PEER = "torchdeq"
@@ -25,12 +25,10 @@ _COLOURS = {
 
 def markdown(data: Data) -> str:
     """All that ``data`` holds, as one page."""
-    machine = data["machine"]
     parts = [
         "# The solvers beside TorchDEQ's",
         (
-            f"Made by `python -m benchmarks.solvers` on {machine['date']}: {machine['cpu']}, {machine['threads']} "
-            f"thread, Python {machine['python']}, torch {machine['torch']}, TorchDEQ {machine['torchdeq']}. float64 "
+            f"{made_by('solvers', data['machine'])} float64 "
             "unless said. Counts do not depend on the machine. Times are of the processor; their ratios are medians "
             "over rounds in which all take turns. `(n)` marks a count at which the tolerance was not reached."
         ),

@@ -10,21 +10,17 @@ from __future__ import annotations
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
-from functools import cached_property
-from typing import Any, cast
+from typing import Any
 
 import torch
 from sklearn.datasets import load_digits
-from torch import Tensor, nn
+from torch import Tensor
 from torch.nn import functional as F
 
-from zoo.implicit import GMRES, Broyden, ImplicitGradient, fixed_point, jacobian_penalty, spectral_radius
-from zoo.mdeq import CLASSIFIERS, MDEQ, MDEQCell, State
+from zoo.implicit import DEQ, jacobian_penalty
+from zoo.mdeq import CLASSIFIERS, MDEQ, State
 
-Gradient = tuple[Tensor, ...]
-
-
-_TIGHT = Broyden(tol=1e-5, max_steps=200)
+from .training_steps import Step
 
 
 @dataclass(frozen=True)
@@ -60,8 +56,8 @@ SMALL = Recipe(
 
 
 @dataclass(frozen=True)
-class TrainingStep:
-    """What a training step computes: dL/dtheta of the cell and the stem, for one batch.
+class TrainingStep(Step):
+    """A step of an MDEQ: dL/dtheta of the cell and the stem, for one batch.
 
     Attributes:
         images: ``(B, 3, H, W)``.
@@ -73,11 +69,11 @@ class TrainingStep:
     labels: Tensor
 
     @property
-    def cell(self) -> MDEQCell:
-        return cast(MDEQCell, self.model.deq.cell)
+    def deq(self) -> DEQ:
+        return self.model.deq
 
     @property
-    def parameters(self) -> tuple[nn.Parameter, ...]:
+    def parameters(self) -> tuple[Tensor, ...]:
         return (*self.cell.parameters(), *self.model.stem.parameters())
 
     def injection(self) -> Tensor:
@@ -86,38 +82,17 @@ class TrainingStep:
         x: Tensor = self.model.stem((self.images - mean) / std)
         return x
 
+    def inputs(self) -> tuple[Tensor]:
+        return (self.injection(),)
+
     def loss(self, z: State) -> Tensor:
         return F.cross_entropy(self.model.head(z), self.labels)
 
-    def gradient(self, z: State) -> Gradient:
-        return torch.autograd.grad(self.loss(z), self.parameters)
+    def whole_loss(self) -> Tensor:
+        return F.cross_entropy(self.model(self.images), self.labels)
 
     def double(self) -> TrainingStep:
         return replace(self, model=copy.deepcopy(self.model).double(), images=self.images.double())
-
-    @cached_property
-    def reference(self) -> tuple[State, Gradient]:
-        """z* and the gradient in float64, where both solves have relative residuals of at most 1e-9.
-
-        Raises:
-            ConvergenceError: the model has no equilibrium that is found.
-        """
-        with torch.no_grad():
-            x = self.injection()
-            near, _ = fixed_point(self.cell, self.cell.initial_state(x), x, solver=_TIGHT)
-        step = self.double()
-        x = step.injection()
-        solver, adjoint = replace(_TIGHT, tol=1e-9), ImplicitGradient(GMRES(tol=1e-9, restart=60, max_steps=200))
-        z0 = tuple(z_i.double() for z_i in near)
-        z, _ = fixed_point(step.cell, z0, x, solver=solver, gradient=adjoint, on_failure="raise")
-        return tuple(z_i.detach() for z_i in z), step.gradient(z)
-
-    def spectral_radii(self) -> Tensor:
-        """``(B,)`` of df/dz at z*."""
-        with torch.no_grad():
-            x = self.injection()
-        z = tuple(z_i.to(x.dtype) for z_i in self.reference[0])
-        return spectral_radius(self.cell, z, x, products=15, generator=torch.Generator().manual_seed(0))
 
 
 @dataclass(frozen=True)
