@@ -3,12 +3,16 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
+from .attention import RelativeAttention
 from .errors import InputError
 from .vocabulary import IGNORED, TiedVocabulary
 
@@ -41,9 +45,12 @@ class LanguageModel(nn.Module, ABC):
     def last_output(self, memory: Any) -> Tensor | None:
         """H at the last position of a memory, ``(B, 1, d)``; None where it is empty."""
 
-    def read_on(self, token: Tensor, memory: Any) -> tuple[Tensor, Any]:
-        """One position further, ``(B, 1)``, as :meth:`forward`; a subclass may know a shorter way."""
-        return cast(tuple[Tensor, Any], self(token, memory))
+    def read_on(self, tokens: Tensor, memory: Any, places: Tensor | None) -> tuple[Tensor, Any]:
+        """:meth:`forward` with a hint: ``places``, int64 ``(B, L)``, are positions of the memory that are alike.
+
+        A subclass may begin from what the memory has there.
+        """
+        return cast(tuple[Tensor, Any], self(tokens, memory))
 
     def nll(self, h: Tensor, target: Tensor) -> Tensor:
         """-log p(target) in nats: ``(B, L, d)`` and int64 ``(B, L)`` -> ``(B, L)``; 0 where the target is -100.
@@ -88,8 +95,17 @@ class LanguageModel(nn.Module, ABC):
         top_p: float | None = None,
         memory: Any = None,
         generator: torch.Generator | None = None,
+        warm_start: bool = True,
+        lookahead: int = 8,
     ) -> Tensor | str:
         """Go on with a text.
+
+        Each position attends to the ``memory_length`` ones before it, also in a prompt that is longer.
+
+        Text repeats itself. Where the last tokens were read before, a warm start takes what the memory has there as
+        the start of the next solve; and the tokens that followed there, up to ``lookahead`` of them, are read along in
+        that solve. Of them those are kept that are then drawn: the text is the one that is written token by token, to
+        the solver's tolerance, with fewer evaluations of the model (Saxena, "Prompt Lookup Decoding", 2023).
 
         Args:
             prompt: int64 ``(B, P)`` with P >= 1; or, for a model of bytes (``vocab_size=256``), a text.
@@ -100,33 +116,66 @@ class LanguageModel(nn.Module, ABC):
                 et al., "The Curious Case of Neural Text Degeneration", ICLR 2020).
             memory: of a text that was read before the prompt.
             generator: of the random numbers; torch's global one if not given.
+            warm_start: see above; without it each position is solved by itself, from the model's own start.
+            lookahead: see above; 0 reads nothing along.
 
         Returns:
             What follows the prompt: int64 ``(B, length)``, or a text where the prompt is one, in which bytes that are
             no UTF-8 are replaced.
 
-        Each token is read with a memory of the last ``memory_length`` positions; a prompt may be longer. The model
-        should be in eval mode.
+        The model should be in eval mode.
 
         Raises:
             InputError: an empty prompt; a text for a model whose tokens are not bytes; tokens out of the vocabulary.
             ValueError: another argument is out of its range.
         """
-        _check(length, temperature, top_k, top_p, self.memory_length)
+        _check(length, temperature, top_k, top_p, lookahead, self.memory_length)
         tokens = self._bytes_of(prompt) if isinstance(prompt, str | bytes) else prompt
         self.check_tokens(tokens)
-        for segment in tokens.split(self.memory_length, dim=1):
-            h, memory = self(segment, memory)
-        written = []
-        while True:
-            log_p = self.vocabulary.log_probs(h[:, -1])
-            token = _draw(log_p, temperature, top_k, top_p, generator)
-            written.append(token)
-            if len(written) == length:
-                break
-            h, memory = self.read_on(token, memory)
-        new = torch.cat(written, dim=1)
+        m = self.memory_length
+        text, end = tokens, tokens.shape[1] + length
+        with self._seeing(m, lookahead if warm_start else 0):
+            for segment in tokens.split(m, dim=1):
+                h, memory = self(segment, _last(memory, m))
+            h = h[:, -1:]
+            guess = text[:, :0]
+            while True:
+                kept = 0  # how many guessed tokens were drawn indeed
+                while True:
+                    token = _draw(self.vocabulary.log_probs(h[:, kept]), temperature, top_k, top_p, generator)
+                    text = torch.cat([text, token], dim=1)
+                    if (
+                        text.shape[1] == end
+                        or kept == guess.shape[1]
+                        or not torch.equal(token, guess[:, kept : kept + 1])
+                    ):
+                        break
+                    kept += 1
+                if text.shape[1] == end:
+                    break
+                memory = _last(memory, m, dropped=guess.shape[1] - kept)
+                guess, places = look_back(text, _positions(memory), lookahead) if warm_start else (text[:, :0], None)
+                h, memory = self.read_on(torch.cat([text[:, -1:], guess], dim=1), memory, places)
+        new = text[:, tokens.shape[1] :]
         return new if isinstance(prompt, Tensor) else bytes(new[0].tolist()).decode("utf-8", errors="replace")
+
+    @contextmanager
+    def _seeing(self, before: int, lookahead: int) -> Iterator[None]:
+        """Within this context each position sees so many before it, however many are read at once.
+
+        A memory has room for tokens that may have to be dropped again.
+        """
+        layers = [module for module in self.modules() if isinstance(module, RelativeAttention)]
+        spans = [layer.span for layer in layers]
+        try:
+            self.memory_length = before + lookahead
+            for layer in layers:
+                layer.span = min(layer.span, before + 1)
+            yield
+        finally:
+            self.memory_length = before
+            for layer, span in zip(layers, spans, strict=True):
+                layer.span = span
 
     def remembered(self, old: Tensor, new: Tensor) -> Tensor:
         """The last memory_length positions of ``(B, m, *)`` and ``(B, L, *)``, without their graph."""
@@ -170,7 +219,65 @@ class LanguageModel(nn.Module, ABC):
         return torch.tensor([list(data)], dtype=torch.int64, device=self.vocabulary.words[0].device)
 
 
-def _check(length: int, temperature: float, top_k: int | None, top_p: float | None, memory_length: int) -> None:
+def look_back(text: Tensor, positions: int, most: int, longest: int = 16) -> tuple[Tensor, Tensor]:
+    """Where in the memory a text was as it is at its end, and what followed there.
+
+    Among the memory's positions, which are those before the last token of the text, that one is taken whose token and
+    predecessors agree with the end of the text furthest back, and the latest of equals.
+
+    Args:
+        text: int64 ``(B, n)``.
+        positions: that the memory has, the last of them that of ``text[:, n - 2]``.
+        most: tokens that are guessed; no more than agree in every text.
+        longest: agreement is looked at so far back.
+
+    Returns:
+        the guessed tokens, int64 ``(B, g)``, and for the text's last token and each guessed one a position of the
+        memory, counted from its first one, int64 ``(B, 1 + g)``; -1 in texts without any agreement.
+    """
+    B, n = text.shape
+    known = min(positions, n - 1)  # a memory may reach back further than the text that is known
+    agreement = torch.zeros(B, known, dtype=torch.int64, device=text.device)
+    if not known:
+        return text[:, :0], text.new_full((B, 1), -1)
+    going_on = torch.ones_like(agreement, dtype=torch.bool)
+    padded = F.pad(text, (longest, 0), value=-1)
+    for back in range(min(longest, n)):
+        last = longest + n - 1 - back
+        going_on = going_on & (padded[:, last - known : last] == padded[:, last, None])
+        agreement += going_on
+    best = known - 1 - agreement.flip(1).argmax(dim=1, keepdim=True)  # the latest of equals
+    agreed = agreement.gather(1, best)
+    g = min(most, int(agreed.min()))
+    period = known - best  # the text goes on as it did there; past its end, again as from there
+    steps = torch.arange(1 + g, device=text.device) % period
+    places = (best + steps + positions - known).where(agreed > 0, -1)
+    followed = n - known + best + torch.arange(g, device=text.device) % period
+    return text.gather(1, followed), places
+
+
+def _last(memory: Any, length: int, dropped: int = 0) -> Any:
+    """The last positions of a memory, after some at its end were dropped."""
+
+    def cut(x: Tensor) -> Tensor:
+        end = x.shape[1] - dropped
+        return x[:, max(0, end - length) : end]
+
+    return pytree.tree_map_only(Tensor, cut, memory)
+
+
+def _positions(memory: Any) -> int:
+    return int(pytree.tree_leaves(memory)[0].shape[1])
+
+
+def _check(
+    length: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    lookahead: int,
+    memory_length: int,
+) -> None:
     if length < 1:
         raise ValueError(f"generate(length=...) takes an integer >= 1; given: {length!r}")
     if not temperature >= 0:
@@ -179,6 +286,8 @@ def _check(length: int, temperature: float, top_k: int | None, top_p: float | No
         raise ValueError(f"generate(top_k=...) takes an integer >= 1, or None; given: {top_k!r}")
     if top_p is not None and not 0 < top_p <= 1:
         raise ValueError(f"generate(top_p=...) takes a probability in (0, 1], or None; given: {top_p!r}")
+    if lookahead < 0:
+        raise ValueError(f"generate(lookahead=...) takes an integer >= 0; given: {lookahead!r}")
     if memory_length < 1:
         raise ValueError(
             "generate reads each token with the memory of those before it, and this model has memory_length=0; set "

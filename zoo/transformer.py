@@ -113,7 +113,8 @@ class PreNorm(Block):
 class SubNorm(Block):
     """h = z + attention(LN_1(z)), y = h + feed_forward(LN_3(h)), with LN_2 before W_o: TorchDEQ's block.
 
-    LN_1, LN_2 and LN_3 have parameters.
+    LN_1, LN_2 and LN_3 have parameters. f(z + c) = f(z) + c for a c that is the same for all features of a position, so
+    such a cell has no isolated equilibrium: use it with ``unrolled``, as its published training and evaluation do.
     """
 
     def __init__(self, d_model: int, num_heads: int, d_head: int, *args: Any) -> None:
@@ -139,6 +140,8 @@ def layer_norm(x: Tensor) -> Tensor:
 
 BLOCKS: dict[str, type[Block]] = {"post": PostNorm, "pre": PreNorm, "sub": SubNorm}
 """What the argument ``norm`` chooses among."""
+
+STARTS = ("published", "local")
 
 
 class TransformerCell(nn.Module):
@@ -189,11 +192,15 @@ class DEQTransformer(LanguageModel):
         d_model: d.
         num_heads, d_head: H and D; D = d / H if not given.
         d_inner: width of the feed-forward layers.
-        layers: blocks of the cell.
-        norm: where the blocks normalise: ``"post"`` (:class:`PostNorm`), ``"pre"`` or ``"sub"``.
+        layers: blocks of the cell. Of several the memory has what the last one gives, for all of them.
+        norm: where the blocks normalise: ``"post"`` (:class:`PostNorm`), ``"pre"`` or ``"sub"``, which needs
+            ``unrolled``.
         memory_length: positions that are remembered; may be changed at any time.
         attention_span: positions that one attends to, itself included; further ones in the memory are not seen.
         cutoffs, div_val: see :class:`~zoo.vocabulary.TiedVocabulary`.
+        start: of the weights outside the normalised layers: ``"published"``, all of them N(0, 0.01^2); or ``"local"``,
+            with words and injections of unit scale and :meth:`~zoo.attention.RelativeAttention.begin_locally`, which a
+            small model learns from several times faster.
         dropout: the probability of all variational dropouts but attention_dropout's.
         attention_dropout: see :class:`RelativeAttention`.
         weight_norm: whether the linear layers of the cell are weight-normalised.
@@ -230,6 +237,7 @@ class DEQTransformer(LanguageModel):
         attention_span: int = 1000,
         cutoffs: Sequence[int] = (),
         div_val: int = 4,
+        start: str = "published",
         dropout: float = 0.0,
         attention_dropout: float = 0.0,
         weight_norm: bool = True,
@@ -240,6 +248,8 @@ class DEQTransformer(LanguageModel):
     ) -> None:
         if norm not in BLOCKS:
             raise ValueError(f"unknown norm {norm!r}.{nearest(norm, list(BLOCKS))}")
+        if start not in STARTS:
+            raise ValueError(f"unknown start {start!r}.{nearest(start, list(STARTS))}")
         d_head = check_sizes(
             type(self).__name__, d_model, num_heads, d_head, cutoffs, vocab_size,
             {"d_inner": d_inner, "layers": layers, "attention_span": attention_span, "div_val": div_val},
@@ -250,12 +260,16 @@ class DEQTransformer(LanguageModel):
         self.vocabulary = TiedVocabulary(vocab_size, d_model, cutoffs, div_val)
         self.input_dropout = VariationalDropout(dropout, shared_dims=1)
         self.injection = nn.Linear(d_model, 3 * num_heads * d_head)
-        nn.init.normal_(self.injection.weight, std=0.01)
+        nn.init.normal_(self.injection.weight, std=0.01 if start == "published" else d_model**-0.5)
         nn.init.zeros_(self.injection.bias)
         blocks = [
             BLOCKS[norm](d_model, num_heads, d_head, d_inner, attention_span, dropout, attention_dropout)
             for _ in range(layers)
         ]
+        if start == "local":
+            self.vocabulary.begin_at_unit_scale()
+            for block in blocks:
+                block.attention.begin_locally()
         default = Anderson(tol=1e-3, max_steps=30)
         self.deq = DEQ(
             TransformerCell(blocks, dropout, weight_norm),
@@ -290,6 +304,14 @@ class DEQTransformer(LanguageModel):
     @property
     def cell(self) -> TransformerCell:
         return cast(TransformerCell, self.deq.cell)
+
+    def read_on(self, tokens: Tensor, memory: Memory, places: Tensor | None) -> tuple[Tensor, Memory]:
+        """:meth:`forward` from the equilibria of the memory at ``places``, and from 0 where a place is -1."""
+        if places is None:
+            return self.forward(tokens, memory)
+        index = places.clamp(min=0).unsqueeze(2).expand(-1, -1, memory.z.shape[2])
+        z0 = memory.z.gather(1, index) if memory.z.shape[1] else memory.z.new_zeros(index.shape)
+        return self.forward(tokens, memory, z0.where(places.unsqueeze(2) >= 0, 0))
 
     def last_output(self, memory: Memory) -> Tensor | None:
         """z* at the last position of a memory, ``(B, 1, d)``; None where it is empty."""
@@ -348,7 +370,7 @@ MODELS: dict[str, dict[str, object]] = {
     "deq_transformer_nano": {},
     "deq_transformer_wt103": {**WIKITEXT103, "d_inner": 48_000},
     "deq_transformer_pre_wt103": {**WIKITEXT103, "d_inner": 48_000, "norm": "pre"},
-    "deq_lm_wt103": {**WIKITEXT103, "d_inner": 14_800, "norm": "sub", "layers": 3},
+    "deq_lm_wt103": {**WIKITEXT103, "d_inner": 14_800, "norm": "sub", "layers": 3, "unrolled": 12},
 }
 for _name, _preset in MODELS.items():
     register_model(_name, DEQTransformer, **_preset)

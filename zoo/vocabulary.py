@@ -58,6 +58,13 @@ class TiedVocabulary(nn.Module):
             if parameter.dim() > 1:
                 nn.init.normal_(parameter, std=0.01)
 
+    def begin_at_unit_scale(self) -> None:
+        """Draw words and projections such that e has entries of about 1."""
+        for words in self.words:
+            nn.init.normal_(words, std=self.d_model**-0.5)
+        for projection in self.projections:
+            nn.init.normal_(projection, std=projection.shape[1] ** -0.5)
+
     def embed(self, tokens: Tensor) -> Tensor:
         """int64 ``(*)`` -> ``(*, d)``."""
         scale = math.sqrt(self.d_model)

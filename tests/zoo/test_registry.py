@@ -37,7 +37,8 @@ def toys(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def test_every_family_is_listed() -> None:
-    assert zoo.list_models() == sorted([*zoo.list_models("mdeq*"), "resnet", "tanh_deq"])
+    families = [name for family in ("deq_*", "mdeq*", "stacked*") for name in zoo.list_models(family)]
+    assert zoo.list_models() == sorted([*families, "resnet", "tanh_deq"])
     assert zoo.list_models("tanh*") == ["tanh_deq"]
     assert {"mdeq", "mdeq_tiny", "mdeq_xl_cityscapes"} < set(zoo.list_models("mdeq*"))
     assert zoo.list_models("raft*") == []
@@ -83,8 +84,8 @@ def test_a_name_is_registered_once() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("tanh_dec", {}, "unknown model 'tanh_dec'. Did you mean 'tanh_deq'? Known: mdeq, "),
-        ("transformer", {}, "unknown model 'transformer'. Known: mdeq, mdeq_large, "),
+        ("tanh_dec", {}, "unknown model 'tanh_dec'. Did you mean 'tanh_deq'? Known: deq_lm_wt103, "),
+        ("perceptron", {}, "unknown model 'perceptron'. Known: deq_lm_wt103, deq_transformer, "),
         ("tanh_deq", {"widht": 3}, "model 'tanh_deq' has no argument 'widht'. Did you mean 'width'? Known: in"),
         ("tanh_deq", {"solver": "Andersn"}, "unknown solver 'Andersn'. Did you mean 'Anderson'?"),
         ("tanh_deq", {"gradient": "Newton"}, "unknown gradient 'Newton'. Known: ImplicitGradient,"),
