@@ -17,7 +17,7 @@ from torch.utils import _pytree as pytree
 
 import zoo
 from zoo.implicit import DEQ, Gradient, Solver, jacobian_penalty, one_draw, spectral_radius
-from zoo.implicit.solvers.base import _is_count
+from zoo.implicit.solvers.base import is_count
 from zoo.registry import plain
 
 from .optimizers import Cosine, WarmUp, make_optimizer
@@ -112,29 +112,29 @@ class EquilibriumModule(pl.LightningModule):
             *(jacobian_growth, jacobian_pretrain_weight),
         )
         _require(
-            _is_count(jacobian_probes, 1) and _is_count(jacobian_growth_interval, 1),
+            is_count(jacobian_probes, 1) and is_count(jacobian_growth_interval, 1),
             "jacobian_probes and jacobian_growth_interval take integers >= 1",
             *(jacobian_probes, jacobian_growth_interval),
         )
         _require(
-            jacobian_end_epoch is None or _is_count(jacobian_end_epoch, 0),
+            jacobian_end_epoch is None or is_count(jacobian_end_epoch, 0),
             "jacobian_end_epoch takes an integer >= 0, or None",
             jacobian_end_epoch,
         )
         _require(
-            _is_count(max_steps_jitter, 0) or _is_range(max_steps_jitter),
+            is_count(max_steps_jitter, 0) or _is_range(max_steps_jitter),
             "max_steps_jitter takes an integer >= 0, or two integers [low, high] with low <= high",
             max_steps_jitter,
         )
         _require(
-            _is_count(pretrain_steps, 0) and _is_count(pretrain_depth, 1),
+            is_count(pretrain_steps, 0) and is_count(pretrain_depth, 1),
             "pretrain_steps takes an integer >= 0 and pretrain_depth one >= 1",
             *(pretrain_steps, pretrain_depth),
         )
         _require(lr >= 0 and weight_decay >= 0, "lr and weight_decay take numbers >= 0", lr, weight_decay)
         _require(schedule in ("cosine", "constant"), "schedule takes 'cosine' or 'constant'", schedule)
         _require(0 <= min_lr <= lr, "min_lr takes a number from 0 to lr", min_lr, lr)
-        _require(_is_count(warmup_steps, 0), "warmup_steps takes an integer >= 0", warmup_steps)
+        _require(is_count(warmup_steps, 0), "warmup_steps takes an integer >= 0", warmup_steps)
         arguments = dict(model_args or {})
         choices = {"solver": solver, "gradient": gradient}
         arguments.update({key: value for key, value in choices.items() if value is not None})

@@ -15,7 +15,7 @@ from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
 
 import zoo.language
-from zoo.implicit.solvers.base import _is_count
+from zoo.implicit.solvers.base import is_count
 
 from .base import EquilibriumModule, with_own
 from .targets import check_targets
@@ -66,7 +66,7 @@ class LanguageModel(EquilibriumModule):
         eval_memory_length: int | None = None,
         **options: Any,
     ) -> None:
-        if eval_memory_length is not None and not _is_count(eval_memory_length, 0):
+        if eval_memory_length is not None and not is_count(eval_memory_length, 0):
             raise ValueError(f"eval_memory_length takes an integer >= 0, or None; given: {eval_memory_length!r}")
         super().__init__(model=model, model_args=with_own(model_args, vocab_size=vocab_size), **options)
         self.save_plain_hyperparameters(

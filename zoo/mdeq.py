@@ -22,7 +22,7 @@ from torchvision.models.resnet import Bottleneck
 
 from .errors import InputError
 from .implicit import DEQ, Anderson, Gradient, ImplicitGradient, Solver, VariationalDropout, normalize_weights
-from .implicit.solvers.base import _is_count
+from .implicit.solvers.base import is_count
 from .registry import register_model
 
 State = tuple[Tensor, ...]
@@ -339,7 +339,7 @@ class MDEQ(_MDEQ):
         gradient: Gradient | None = None,
     ) -> None:
         if len(head_widths) != len(channels) or not all(
-            _is_count(value, 1) for value in (*head_widths, final_width, num_classes)
+            is_count(value, 1) for value in (*head_widths, final_width, num_classes)
         ):
             raise ValueError(
                 "MDEQ takes integers >= 1 for head_widths, as many as channels, and for final_width and num_classes; "
@@ -396,7 +396,7 @@ class MDEQSegmenter(_MDEQ):
         solver: Solver | None = None,
         gradient: Gradient | None = None,
     ) -> None:
-        if not _is_count(num_classes, 1):
+        if not is_count(num_classes, 1):
             raise ValueError(f"MDEQSegmenter(num_classes=...) takes an integer >= 1; given: {num_classes!r}")
         if not 0 < bn_momentum <= 1:
             raise ValueError(f"MDEQSegmenter(bn_momentum=...) takes a number in (0, 1]; given: {bn_momentum!r}")
@@ -442,13 +442,13 @@ def _check(
 ) -> None:
     """Raise ValueError where the sizes of a model make no sense."""
     for name, value in (("in_channels", in_channels), ("expansion", expansion)):
-        if not _is_count(value, 1):
+        if not is_count(value, 1):
             raise ValueError(f"{model}({name}=...) takes an integer >= 1; given: {value!r}")
-    if not (_is_count(groups, 1) and groups % 2 == 0):
+    if not (is_count(groups, 1) and groups % 2 == 0):
         raise ValueError(
             f"{model}(groups=...) takes an even number, since the last norm has half of it; given: {groups!r}"
         )
-    if not channels or not all(_is_count(C, 1) and C % groups == 0 for C in channels):
+    if not channels or not all(is_count(C, 1) and C % groups == 0 for C in channels):
         raise ValueError(
             f"{model}(channels=...) takes one positive multiple of groups={groups} a branch; given: {channels!r}"
         )

@@ -15,7 +15,7 @@ from .dropout import VariationalDropout, current_draws
 from .equilibrium import fixed_point
 from .maps import FlatMap, full_precision, module_of
 from .solvers import Solver
-from .solvers.base import _is_count, _is_number
+from .solvers.base import _is_number, is_count
 from .solvers.krylov import orthogonalized
 from .state import State, StateView
 
@@ -64,7 +64,7 @@ def spectral_radius(
     Raises:
         ValueError: ``products`` is not an integer >= 1.
     """
-    if not _is_count(products, at_least=1):
+    if not is_count(products, at_least=1):
         raise ValueError(f"spectral_radius(products=...) takes an integer >= 1; given: {products!r}")
     with torch.inference_mode(mode=False):
         z, inputs = pytree.tree_map_only(Tensor, _constant, (z, inputs))
@@ -187,7 +187,7 @@ def path_independence(
                     "training mode, would draw other masks each time: put the cell in eval mode, or make the first "
                     "solve and this call within one_draw()"
                 )
-    if not _is_count(starts, at_least=1):
+    if not is_count(starts, at_least=1):
         raise ValueError(f"path_independence(starts=...) takes an integer >= 1; given: {starts!r}")
     if not (_is_number(scale) and 0 < scale < float("inf")):
         raise ValueError(f"path_independence(scale=...) takes a number > 0; given: {scale!r}")

@@ -15,7 +15,7 @@ from .implicit_function import attach_implicit, attach_straight_through
 from .maps import AdjointMap, FlatMap
 from .report import SolverReport
 from .solvers import Anderson, Solver
-from .solvers.base import _is_count, _is_number
+from .solvers.base import _is_number, is_count
 
 OnAdjoint = Callable[[SolverReport], None]
 
@@ -95,7 +95,7 @@ class NeumannGradient(Gradient):
     steps: int = 5
 
     def __post_init__(self) -> None:
-        if not _is_count(self.steps, at_least=0):
+        if not is_count(self.steps, at_least=0):
             raise ValueError(f"NeumannGradient(steps=...) takes an integer >= 0; given: {self.steps!r}")
 
     def attach(self, f: FlatMap, z: Tensor, on_adjoint: OnAdjoint) -> Tensor:
@@ -129,7 +129,7 @@ class PhantomGradient(Gradient):
     advance: bool = False
 
     def __post_init__(self) -> None:
-        if not _is_count(self.steps, at_least=1):
+        if not is_count(self.steps, at_least=1):
             raise ValueError(f"PhantomGradient(steps=...) takes an integer >= 1; given: {self.steps!r}")
         if not (_is_number(self.damping) and 0 < self.damping <= 1):
             raise ValueError(f"PhantomGradient(damping=...) takes a number in (0, 1]; given: {self.damping!r}")

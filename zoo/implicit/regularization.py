@@ -10,7 +10,7 @@ from torch.utils import _pytree as pytree
 
 from .compiled import eagerly
 from .maps import FlatMap
-from .solvers.base import _is_count
+from .solvers.base import is_count
 from .state import State, StateView
 
 
@@ -33,7 +33,7 @@ def jacobian_penalty(f: Callable[..., State], z: State, *inputs: State, probes: 
         ValueError: ``probes`` is not an integer >= 1.
         RuntimeError: in ``torch.inference_mode``.
     """
-    if not _is_count(probes, at_least=1):
+    if not is_count(probes, at_least=1):
         raise ValueError(f"jacobian_penalty(probes=...) takes an integer >= 1; given: {probes!r}")
     if torch.is_inference_mode_enabled():
         raise RuntimeError(

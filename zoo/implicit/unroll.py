@@ -17,7 +17,7 @@ from .gradients import UnrolledGradient
 from .maps import FlatMap, autocast_dtype, full_precision
 from .report import SolverReport, SolverStatus
 from .solvers import Anderson, Solver
-from .solvers.base import _is_count
+from .solvers.base import is_count
 from .state import State, StateView
 from .transforms import refuse_transforms
 
@@ -83,7 +83,7 @@ def unroll(
 
 def check_steps(what: str, steps: object) -> None:
     """Raise ValueError unless ``steps`` is an integer >= 1."""
-    if not _is_count(steps, at_least=1):
+    if not is_count(steps, at_least=1):
         raise ValueError(f"{what} takes an integer >= 1, the applications of the cell; given: {steps!r}")
 
 

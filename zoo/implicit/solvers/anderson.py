@@ -8,7 +8,7 @@ from typing import Literal, NamedTuple
 import torch
 from torch import Tensor
 
-from .base import Map, Solver, _is_count, _is_number
+from .base import Map, Solver, _is_number, is_count
 from .secants import Secants
 
 
@@ -52,14 +52,14 @@ class Anderson(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(_is_count(self.mix_every, at_least=1), "mix_every", "an integer >= 1")
+        self._require(is_count(self.mix_every, at_least=1), "mix_every", "an integer >= 1")
         self._require(
-            _is_count(self.memory, at_least=1) and self.memory % self.mix_every == 0,
+            is_count(self.memory, at_least=1) and self.memory % self.mix_every == 0,
             "memory",
             f"a positive multiple of mix_every={self.mix_every}",
         )
         self._require(_is_number(self.ridge) and self.ridge > 0, "ridge", "a number > 0")
-        self._require(_is_count(self.kind, at_least=1) and self.kind <= 2, "kind", "1 or 2")
+        self._require(is_count(self.kind, at_least=1) and self.kind <= 2, "kind", "1 or 2")
         self._require(_is_number(self.damping) and 0 < self.damping <= 1, "damping", "a number in (0, 1]")
 
     def looks(self, k: int, memory: Memory | Secants) -> bool:

@@ -72,7 +72,7 @@ class Solver(ABC):
     def __post_init__(self) -> None:
         self._require(_is_number(self.tol) and self.tol >= 0, "tol", "a number >= 0")
         self._require(self.norm in get_args(Norm), "norm", "'relative' or 'absolute'")
-        self._require(_is_count(self.max_steps, at_least=0), "max_steps", "an integer >= 0")
+        self._require(is_count(self.max_steps, at_least=0), "max_steps", "an integer >= 0")
         self._require(isinstance(self.compact, bool), "compact", "true or false")
         until = self.bfloat16_until
         self._require(until is None or (_is_number(until) and until > 0), "bfloat16_until", "a number > 0, or None")
@@ -112,5 +112,5 @@ def _is_number(value: object) -> bool:
     return isinstance(value, int | float) and not isinstance(value, bool)
 
 
-def _is_count(value: object, at_least: int) -> bool:
+def is_count(value: object, at_least: int) -> bool:
     return isinstance(value, int) and not isinstance(value, bool) and value >= at_least

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
-from .base import Map, Solver, _is_count
+from .base import Map, Solver, is_count
 from .secants import Secants
 
 
@@ -31,7 +31,7 @@ class Broyden(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(_is_count(self.memory, at_least=1), "memory", "an integer >= 1")
+        self._require(is_count(self.memory, at_least=1), "memory", "an integer >= 1")
 
     def init(self, f: Map, z0: Tensor) -> Secants:
         return Secants.empty(z0, min(self.memory, max(self.max_steps, 1)))

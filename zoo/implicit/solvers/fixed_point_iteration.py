@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from .base import Map, Solver, _is_count, _is_number
+from .base import Map, Solver, _is_number, is_count
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,7 @@ class FixedPointIteration(Solver):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._require(_is_number(self.damping) and 0 < self.damping <= 1, "damping", "a number in (0, 1]")
-        self._require(_is_count(self.check_every, at_least=1), "check_every", "an integer >= 1")
+        self._require(is_count(self.check_every, at_least=1), "check_every", "an integer >= 1")
 
     def looks(self, k: int, memory: None) -> bool:
         return (k + 1) % self.check_every == 0

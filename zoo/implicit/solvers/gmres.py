@@ -8,7 +8,7 @@ from typing import ClassVar, NamedTuple, cast
 import torch
 from torch import Tensor
 
-from .base import AffineMap, Map, Solver, _is_count
+from .base import AffineMap, Map, Solver, is_count
 from .krylov import orthogonalized
 
 
@@ -43,7 +43,7 @@ class GMRES(Solver):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self._require(_is_count(self.restart, at_least=1), "restart", "an integer >= 1")
+        self._require(is_count(self.restart, at_least=1), "restart", "an integer >= 1")
 
     def looks(self, k: int, memory: Memory) -> bool:
         return memory.size < 0
