@@ -73,7 +73,7 @@ class SpelledOutCell(nn.Module):
         return z
 
     def initial_state(self, u: Tensor, z_before: Tensor, u_before: Tensor) -> Tensor:
-        return self.cell.initial_state(u, ())
+        return z_before.new_zeros(*u.shape[:2], z_before.shape[2])
 
 
 @dataclass(frozen=True)

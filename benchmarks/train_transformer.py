@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import copy
-import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import zoo
 from datamodules.pydocs import PyDocsDataModule, Sources
@@ -48,11 +47,12 @@ class Recipe:
 NANO = Recipe("deq_transformer_nano", weights="deq_transformer_nano.pydocs")
 SMALL = Recipe(
     "a small DEQ transformer",
-    arguments={"d_model": 32, "num_heads": 2, "d_inner": 64, "memory_length": 16},
+    arguments={"d_model": 32, "num_heads": 2, "d_inner": 64, "memory_length": 16, "start": "local"},
     sources="topics",
     batch=4,
     segment=16,
-    steps=40,
+    steps=60,
+    jacobian_weight=0.1,
     learning_rate=1e-2,
 )
 
@@ -130,8 +130,6 @@ def trained(recipe: Recipe, data: PyDocsDataModule, seed: int = 0) -> DEQTransfo
     with torch.random.fork_rng(devices=()):
         torch.manual_seed(seed)
         model = DEQTransformer(**recipe.arguments, unrolled=recipe.applications)
-        nn.init.normal_(model.injection.weight, std=1 / math.sqrt(model.vocabulary.d_model))
-        nn.init.normal_(model.vocabulary.words[0], std=0.1)
         optimizer = torch.optim.Adam(model.parameters(), lr=recipe.learning_rate)
         memory: Memory | None = None
         for _, (tokens, target) in zip(range(recipe.steps), data.train_dataloader(), strict=False):

@@ -21,12 +21,11 @@ from .clock import Times, interleaved
 from .command import Data
 from .contestants import Contestant, Zoo
 from .counts import Counting
-from .end_to_end import Pair, relative_error, tight_enough
+from .end_to_end import TOLERANCES, Pair, relative_error, tight_enough
 from .memory import peak_bytes
 from .report import table
 
 MAX_STEPS = 60
-TOLERANCES = tuple(0.5**k for k in range(7, 15))
 
 ZOO_GMRES = Zoo("zoo gmres", GMRES())
 PAIRS: tuple[tuple[Contestant, Contestant], ...] = (
@@ -105,6 +104,7 @@ class Step(ABC):
         return torch.autograd.grad(self.loss(z), self.parameters)
 
     @cached_property
+    @torch.enable_grad()
     def reference(self) -> Reference:
         """z* and the gradient, where both solves have relative residuals of at most 1e-9.
 
@@ -225,10 +225,10 @@ def _adjoint_tolerance(s: Contestant, step: Step, level: float) -> float | None:
 
 def costs_of(step: Step, rounds: int) -> Data:
     """Seconds of what every step is made of, whoever makes it."""
+    z = pytree.tree_map(lambda z_i: z_i.clone().requires_grad_(), step.solution)
     with computed_once(step.cell):
         inputs = step.inputs()
         leaves = tuple(x for x in pytree.tree_leaves(inputs) if x.requires_grad)
-        z = pytree.tree_map(lambda z_i: z_i.clone().requires_grad_(), step.solution)
         states = tuple(pytree.tree_leaves(z))
         fz = pytree.tree_leaves(step.cell(z, *inputs))
         u = [torch.ones_like(z_i) for z_i in states]
@@ -241,7 +241,8 @@ def costs_of(step: Step, rounds: int) -> Data:
         def around() -> None:
             ends = [x for x in pytree.tree_leaves(step.inputs()) if x.requires_grad]
             torch.autograd.grad(step.loss(z), states)
-            torch.autograd.grad(ends, step.parameters, [torch.ones_like(x) for x in ends], allow_unused=True)
+            ones = [torch.ones_like(x) for x in ends]
+            torch.autograd.grad(ends, step.parameters, ones, retain_graph=True, allow_unused=True)  # weights are shared
 
         actions = {
             "evaluation": evaluation,
@@ -275,6 +276,8 @@ def compared(
             with these too.
     """
     found = settings(step, level, pairs)
+    if not any(isinstance(s.forward, Zoo) for s in found):
+        raise RuntimeError(f"no pair of the zoo's solvers reaches an error of {level:g} of the gradient")
     taken = {s.name: (s, step) for s in found}
     for words, other in (others or {}).items():
         theirs = [s.measured(other) for s in found if not isinstance(s.forward, Zoo)]
