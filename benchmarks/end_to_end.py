@@ -44,13 +44,18 @@ class Pair:
 
     @property
     def name(self) -> str:
-        return f"{self.forward.name} / {self.adjoint.name.partition(' ')[2]}"
+        return pair_name(self.forward, self.adjoint)
 
     def equilibrium_of(self, f: Map, equation: Equation, max_steps: Steps) -> Any:
         """z* with its implicit gradient."""
         if type(self.forward) is not type(self.adjoint):
             raise TypeError(f"a pair is of one library; given: {self.forward.name}, {self.adjoint.name}")
         return self.forward.equilibrium(f, equation, self.tol, self.adjoint, self.adjoint_tol, max_steps)
+
+
+def pair_name(forward: Contestant, adjoint: Contestant) -> str:
+    """The forward solver, and the adjoint one without its library."""
+    return f"{forward.name} / {adjoint.name.partition(' ')[2]}"
 
 
 P = TypeVar("P", bound=Pair)

@@ -21,7 +21,7 @@ from .clock import Times, interleaved
 from .command import Data
 from .contestants import Contestant, Zoo
 from .counts import Counting
-from .end_to_end import TOLERANCES, Pair, relative_error, tight_enough
+from .end_to_end import TOLERANCES, Pair, pair_name, relative_error, tight_enough
 from .memory import peak_bytes
 from .report import table
 
@@ -289,6 +289,7 @@ def compared(
         "level": level,
         "default": default,
         "fastest": fastest,
+        "not_reached": [pair_name(*pair) for pair in pairs if pair not in [(s.forward, s.adjoint) for s in found]],
         "pairs": {name: _numbers(s, times[name], times[default], times[fastest]) for name, (s, _) in taken.items()},
     }
 
@@ -332,6 +333,12 @@ def comparison(found: Data, of: str, remark: str = "") -> str:
         "is in float64, with residuals below 1e-9. TorchDEQ runs with `ift=True` and relative residuals; its first "
         "pair is its default, and `lam=1e-12` is a ridge that its adjoint takes by registering a solver only. "
         "Normalised weights are computed once a step for both, and no solve may take more steps than it needs. "
-        f"{remark}Ratios are to the first of the zoo's pairs ({found['default']}) and to the fastest of the zoo "
-        f"({found['fastest']}).\n\n{table(header, rows)}"
+        f"{remark}{_left_out(found['not_reached'])}Ratios are to the first of the zoo's pairs ({found['default']}) and "
+        f"to the fastest of the zoo ({found['fastest']}).\n\n{table(header, rows)}"
     )
+
+
+def _left_out(names: Sequence[str]) -> str:
+    if not names:
+        return ""
+    return f"Not below that error within {MAX_STEPS} steps of a solve, whatever the tolerances: {'; '.join(names)}. "

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from zoo.attention import RelativeAttention, sinusoids
-from zoo.implicit import Anderson
+from zoo.implicit import Anderson, Broyden
 from zoo.transformer import Block
 
 from . import contestants as c
@@ -33,13 +33,18 @@ from .train_transformer import NANO, SMALL, Loaded, Recipe, loaded
 from .training_steps import PAIRS, ZOO_GMRES, compared, comparison, costs_of
 
 MIB = 2**20
-LONGER = Zoo("zoo anderson, memory 20", Anderson(memory=20))
+LONGER = Zoo("zoo anderson, memory 20, mixing always", Anderson(memory=20, mix_every=1))
+COMPACT_ANDERSON = Zoo("zoo anderson, compact", Anderson(compact=True))
+COMPACT_BROYDEN = Zoo("zoo broyden, compact", Broyden(compact=True))
 TRANSFORMER_PAIRS: tuple[tuple[Contestant, Contestant], ...] = (
-    *PAIRS[:1],
+    (c.ANDERSON, c.ANDERSON),
     (c.ANDERSON, ZOO_GMRES),
     (LONGER, ZOO_GMRES),
-    (c.RARELY, c.RARELY),
-    *PAIRS[1:],
+    (COMPACT_ANDERSON, ZOO_GMRES),
+    (c.BROYDEN, c.BROYDEN),
+    (COMPACT_BROYDEN, ZOO_GMRES),
+    *(pair for pair in PAIRS if not isinstance(pair[0], Zoo)),
+    (c.T_BROYDEN, c.T_ANDERSON_SMALL),
 )
 AS_ITS_ZOO = "cell as its zoo writes it"
 

@@ -25,7 +25,8 @@ from benchmarks import transformer
 from benchmarks.end_to_end import relative_error
 from benchmarks.spelled_out import SpelledOutCell, SpelledOutStep
 from benchmarks.train_transformer import SMALL, LanguageStep, Loaded, loaded
-from benchmarks.training_steps import Setting, compared
+from benchmarks.training_steps import Setting, compared, comparison
+from zoo.implicit import FixedPointIteration
 from zoo.transformer import BLOCKS, DEQTransformer, Memory
 
 ZOO = Setting(c.ANDERSON, c.ANDERSON, 1e-5, 1e-5)
@@ -118,6 +119,14 @@ def test_weights_are_computed_once_a_step(step: LanguageStep, spelled_out: Spell
 def test_a_level_that_no_one_reaches_is_an_error(step: LanguageStep) -> None:
     with pytest.raises(RuntimeError, match="no pair of the zoo's solvers reaches an error of 1e-12"):
         compared(step, 1e-12, [(c.ANDERSON, c.ANDERSON)], rounds=1)
+
+
+def test_who_does_not_get_there_is_named(step: LanguageStep) -> None:
+    slow = c.Zoo("zoo slow", FixedPointIteration(damping=1e-3))
+    found = compared(step, 3e-2, [(c.ANDERSON, c.ANDERSON), (slow, c.ANDERSON)], rounds=1)
+    assert list(found["pairs"]) == ["zoo anderson / anderson"]
+    assert found["not_reached"] == ["zoo slow / anderson"]
+    assert "whatever the tolerances: zoo slow / anderson. " in comparison(found, "all")
 
 
 def test_a_quick_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
