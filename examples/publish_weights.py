@@ -16,7 +16,7 @@ from lightning_modules.checkpoints import read_checkpoint
 from zoo.weights import WeightsRecord, save_record, sha256_of, write_table
 
 # What a record says about the data: the tag of the name, what follows the model in the recipe's file name, what it was
-# trained on, and what the model takes.
+# trained on (of the data module and the length of its training part), and what the model takes.
 DATA = {
     "DigitsDataModule": (
         "digits",
@@ -29,6 +29,13 @@ DATA = {
         "",
         "scenes of the 1,257 training digits of scikit-learn, drawn anew in each epoch by datamodules/scenes.py",
         "images (B, 1, H, W) in [0, 1], bright strokes on black; the model normalises and pads",
+    ),
+    "PyDocsDataModule": (
+        "pydocs",
+        "_pydocs",
+        "the documentation in Python {data.python_version}, topics of help() and docstrings: {bytes:,} training bytes of "
+        "the fixed split in datamodules/pydocs.py",
+        "the bytes of a text in UTF-8, int64 (B, L); generate() takes text",
     ),
 }
 
@@ -51,18 +58,18 @@ def main(checkpoint: str, name: str | None = None) -> None:
         source="shipped",
         sha256=sha256_of(path.read_bytes()),
         num_parameters=sum(p.numel() for p in module.model.parameters()),
-        trained_on=trained_on,
+        trained_on=trained_on.format(data=data, bytes=len(data.splits.train)),
         recipe=f"make weights CONFIG=configs/{spec.model}{suffix}.yaml",
         metrics={},
         licence="MIT",
         preprocessing=preprocessing,
-        classes=list(data.class_names),
+        classes=list(getattr(data, "class_names", ())) or None,
     )
     save_record(draft)
     module.model = zoo.load_pretrained(name)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     found = {**trainer.validate(module, data, verbose=False)[0], **trainer.test(module, data, verbose=False)[0]}
-    wanted = ("accuracy", "miou", "pixel_accuracy", "converged")
+    wanted = ("accuracy", "miou", "pixel_accuracy", "bits_per_byte", "converged")
     metrics = {key.replace("/", "_"): value for key, value in found.items() if key.rpartition("/")[2] in wanted}
     record = WeightsRecord(**{**vars(draft), "metrics": metrics})
     print(f"Wrote {path}, {save_record(record)} and {write_table()}: {metrics}")

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from .attention import Past, sinusoids
 from .language import LanguageModel
 from .registry import register_model
-from .transformer import Block, check_sizes
+from .transformer import Block, begin_locally, check_sizes, check_start
 from .vocabulary import TiedVocabulary
 
 LayerMemory = tuple[Tensor, ...]
@@ -43,8 +43,8 @@ class StackedTransformer(LanguageModel):
 
     Args:
         layers: n.
-        vocab_size, d_model, num_heads, d_head, d_inner, memory_length, attention_span, cutoffs, div_val, dropout: see
-            :class:`~zoo.DEQTransformer`.
+        vocab_size, d_model, num_heads, d_head, d_inner, memory_length, attention_span, cutoffs, div_val, start,
+            dropout: see :class:`~zoo.DEQTransformer`.
 
     Shape:
         tokens int64 ``(B, L)`` -> h ``(B, L, d)`` and a :data:`LayerMemory`.
@@ -65,8 +65,10 @@ class StackedTransformer(LanguageModel):
         attention_span: int = 1000,
         cutoffs: Sequence[int] = (),
         div_val: int = 4,
+        start: str = "published",
         dropout: float = 0.0,
     ) -> None:
+        check_start(start)
         d_head = check_sizes(
             type(self).__name__, d_model, num_heads, d_head, cutoffs, vocab_size,
             {"d_inner": d_inner, "layers": layers, "attention_span": attention_span, "div_val": div_val},
@@ -80,6 +82,8 @@ class StackedTransformer(LanguageModel):
             Layer(d_model, num_heads, d_head, d_inner, attention_span, dropout) for _ in range(layers)
         )
         self.norm = nn.LayerNorm(d_model)
+        if start == "local":
+            begin_locally(self.vocabulary, *self.layers)
 
     def forward(self, tokens: Tensor, memory: LayerMemory | None = None) -> tuple[Tensor, LayerMemory]:
         """``(B, L)`` -> h ``(B, L, d)`` and the new memory, from which no gradient flows.
@@ -107,4 +111,6 @@ class StackedTransformer(LanguageModel):
 
 
 register_model("stacked_transformer", StackedTransformer)
-register_model("stacked_transformer_nano", StackedTransformer)
+register_model(
+    "stacked_transformer_nano", StackedTransformer, num_heads=8, d_inner=448, layers=2, memory_length=64, start="local"
+)

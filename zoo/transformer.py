@@ -248,8 +248,7 @@ class DEQTransformer(LanguageModel):
     ) -> None:
         if norm not in BLOCKS:
             raise ValueError(f"unknown norm {norm!r}.{nearest(norm, list(BLOCKS))}")
-        if start not in STARTS:
-            raise ValueError(f"unknown start {start!r}.{nearest(start, list(STARTS))}")
+        check_start(start)
         d_head = check_sizes(
             type(self).__name__, d_model, num_heads, d_head, cutoffs, vocab_size,
             {"d_inner": d_inner, "layers": layers, "attention_span": attention_span, "div_val": div_val},
@@ -267,9 +266,7 @@ class DEQTransformer(LanguageModel):
             for _ in range(layers)
         ]
         if start == "local":
-            self.vocabulary.begin_at_unit_scale()
-            for block in blocks:
-                block.attention.begin_locally()
+            begin_locally(self.vocabulary, *blocks)
         default = Anderson(tol=1e-3, max_steps=30)
         self.deq = DEQ(
             TransformerCell(blocks, dropout, weight_norm),
@@ -316,6 +313,19 @@ class DEQTransformer(LanguageModel):
     def last_output(self, memory: Memory) -> Tensor | None:
         """z* at the last position of a memory, ``(B, 1, d)``; None where it is empty."""
         return memory.z[:, -1:] if memory.z.shape[1] else None
+
+
+def begin_locally(vocabulary: TiedVocabulary, *blocks: nn.Module) -> None:
+    """Words of unit scale, and attention that falls off with distance: ``start="local"``."""
+    vocabulary.begin_at_unit_scale()
+    for block in blocks:
+        cast(Block, block).attention.begin_locally()
+
+
+def check_start(start: str) -> None:
+    """Raise ValueError unless there is such a start."""
+    if start not in STARTS:
+        raise ValueError(f"unknown start {start!r}.{nearest(start, list(STARTS))}")
 
 
 def check_sizes(
@@ -367,7 +377,7 @@ WIKITEXT103 = {
 }  # fmt: skip
 MODELS: dict[str, dict[str, object]] = {
     "deq_transformer": {},
-    "deq_transformer_nano": {},
+    "deq_transformer_nano": {"num_heads": 8, "memory_length": 64, "start": "local"},  # for bytes of text
     "deq_transformer_wt103": {**WIKITEXT103, "d_inner": 48_000},
     "deq_transformer_pre_wt103": {**WIKITEXT103, "d_inner": 48_000, "norm": "pre"},
     "deq_lm_wt103": {**WIKITEXT103, "d_inner": 14_800, "norm": "sub", "layers": 3, "unrolled": 12},

@@ -1,0 +1,161 @@
+"""Generation that looks back: the same text, with fewer evaluations."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor, nn
+
+import zoo
+from zoo.implicit import Anderson
+from zoo.language import look_back
+
+Make = Callable[..., zoo.DEQTransformer | zoo.StackedTransformer]
+
+
+def deq(**arguments: Any) -> zoo.DEQTransformer:
+    """A small model in float64, solved tightly."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 8, "d_model": 16, "num_heads": 2, "d_inner": 24, "memory_length": 12}
+    model = zoo.DEQTransformer(**{**sizes, "start": "local", **arguments}, solver=Anderson(tol=1e-9, max_steps=200))
+    for block in model.cell.blocks:
+        nn.init.constant_(block.feed_forward.outer.parametrizations.weight.original0, 0.1)  # contracts
+    return model.double().eval()
+
+
+def stacked(**arguments: Any) -> zoo.StackedTransformer:
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"vocab_size": 8, "d_model": 16, "num_heads": 2, "d_inner": 24, "memory_length": 12}
+    return zoo.StackedTransformer(**{**sizes, "start": "local", **arguments}).double().eval()
+
+
+def evaluations(model: zoo.DEQTransformer, **arguments: Any) -> tuple[Tensor, int]:
+    """What it writes, and how often the cell is evaluated for that."""
+    counted = 0
+
+    def count(*_: object) -> None:
+        nonlocal counted
+        counted += 1
+
+    handle = model.cell.register_forward_hook(count)
+    try:
+        written = model.generate(length=40, temperature=0, **arguments)
+    finally:
+        handle.remove()
+    assert isinstance(written, Tensor)
+    return written, counted
+
+
+@pytest.mark.parametrize("texts", [1, 3])
+def test_warm_starts_write_the_same_with_fewer_evaluations(texts: int) -> None:
+    """In a text that repeats itself: one token is always the most probable one."""
+    model = deq()
+    nn.init.constant_(model.vocabulary.biases[0][3], 100.0)
+    prompt = torch.randint(8, (texts, 7), generator=torch.Generator().manual_seed(texts))
+    cold, most = evaluations(model, prompt=prompt, warm_start=False)
+    warm, fewer = evaluations(model, prompt=prompt, lookahead=0)
+    looking_ahead, least = evaluations(model, prompt=prompt)
+    assert torch.equal(warm, cold)
+    assert torch.equal(looking_ahead, cold)
+    assert least < fewer < most
+    assert 2 * least <= most
+
+
+@pytest.mark.parametrize("make", [deq, stacked])
+@pytest.mark.parametrize("lookahead", [1, 3, 20])
+def test_what_is_read_along_changes_no_draw(make: Make, lookahead: int) -> None:
+    """Drawn tokens too are those of reading one by one, also long after the memory is full."""
+    model = make()
+    prompt = torch.tensor([[1, 2, 3, 1, 2, 3, 1, 2, 3]])
+
+    def write(**arguments: Any) -> Tensor:
+        written = model.generate(
+            prompt, 50, temperature=0.2, top_k=5, generator=torch.Generator().manual_seed(5), **arguments
+        )
+        assert isinstance(written, Tensor)
+        return written
+
+    assert torch.equal(write(lookahead=lookahead), write(warm_start=False))
+
+
+@pytest.mark.parametrize("make", [deq, stacked])
+def test_each_position_sees_as_many_before_it_however_a_prompt_is_cut(make: Make) -> None:
+    """What is written after a prompt is the same when most of it is given as a memory, beyond the model's own too."""
+    model = make()
+    prompt = torch.randint(8, (2, 40), generator=torch.Generator().manual_seed(2))
+    whole = model.generate(prompt, 5, temperature=0)
+    model.memory_length = 12
+    with model._seeing(12, 0):
+        memory = None
+        for segment in prompt[:, :30].split(7, dim=1):
+            _, memory = model(segment, memory)
+    assert torch.equal(torch.as_tensor(model.generate(prompt[:, 30:], 5, temperature=0, memory=memory)), whole)
+
+
+@pytest.mark.parametrize("make", [deq, stacked])
+def test_the_model_is_left_as_it_was(make: Make, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = make(memory_length=6, attention_span=50)
+    spans = [module.span for module in model.modules() if hasattr(module, "span")]
+    prompt = torch.tensor([[1, 2, 3]])
+    model.generate(prompt, 20)
+    monkeypatch.setattr(type(model), "read_on", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        model.generate(prompt, 20)
+    assert model.memory_length == 6
+    assert [module.span for module in model.modules() if hasattr(module, "span")] == spans
+
+
+def by_hand(text: list[int], positions: int) -> tuple[int, int]:
+    """How far back the best place agrees, and which position of the memory that is, one comparison at a time."""
+    n, best = len(text), (0, -1)
+    for i in range(max(0, n - 1 - positions), n - 1):
+        back = 0
+        while back < 16 and back <= i and text[i - back] == text[n - 1 - back]:
+            back += 1
+        if back and back >= best[0]:
+            best = (back, i)
+    return best[0], -1 if best[1] < 0 else best[1] - (n - 1 - positions)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.lists(st.integers(0, 2), min_size=1, max_size=30),
+    st.integers(0, 40),
+    st.integers(0, 6),
+)
+def test_looking_back(text: list[int], positions: int, most: int) -> None:
+    n = len(text)
+    agreed, place = by_hand(text, positions)
+    guess, places = look_back(torch.tensor([text]), positions, most)
+    assert guess.shape == (1, min(most, agreed))
+    assert int(places[0, 0]) == place
+    assert places.shape == (1, 1 + guess.shape[1])
+    going_on = text[:]
+    for token, where in zip(guess[0].tolist(), places[0, 1:].tolist(), strict=True):
+        at = where - positions + n - 1  # in the text
+        assert 0 <= at < n - 1
+        assert going_on[at] == token or (at == n - 1 - (n - 1 - at))
+        going_on.append(token)
+    if agreed:
+        period = n - 1 - (place - positions + n - 1)
+        assert all(going_on[i] == going_on[i - period] for i in range(n, len(going_on)))
+
+
+def test_several_texts_guess_as_far_as_all_agree() -> None:
+    text = torch.tensor([[1, 2, 3, 1, 2], [7, 8, 9, 5, 6]])
+    guess, places = look_back(text, 4, 8)
+    assert guess.shape == (2, 0)
+    assert places.tolist() == [[1], [-1]]
+    guess, places = look_back(text[:1], 4, 8)
+    assert guess.tolist() == [[3, 1]]
+    assert places.tolist() == [[1, 2, 3]]
+
+
+def test_a_negative_lookahead() -> None:
+    with pytest.raises(ValueError, match=r"lookahead=\.\.\.\) takes an integer >= 0; given: -1"):
+        stacked().generate(torch.zeros(1, 1, dtype=torch.int64), 2, lookahead=-1)
