@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from .attention import Past, RelativeAttention, sinusoids
-from .implicit import DEQ, Anderson, Gradient, ImplicitGradient, Solver, VariationalDropout, normalize_weights
+from .implicit import DEQ, GMRES, Anderson, Gradient, ImplicitGradient, Solver, VariationalDropout, normalize_weights
 from .implicit.choices import nearest
 from .language import LanguageModel
 from .registry import register_model
@@ -50,7 +50,7 @@ class FeedForward(nn.Module):
         self.outer_dropout = VariationalDropout(dropout, shared_dims=1)
 
     def forward(self, x: Tensor) -> Tensor:
-        out: Tensor = self.outer_dropout(self.outer(self.inner_dropout(self.inner(x).relu())))
+        out: Tensor = self.outer_dropout(self.outer(self.inner_dropout(self.inner(x).relu_())))
         return out
 
 
@@ -206,7 +206,8 @@ class DEQTransformer(LanguageModel):
         weight_norm: whether the linear layers of the cell are weight-normalised.
         unrolled: apply the cell this many times instead of solving.
         recompute: see :func:`~zoo.implicit.fixed_point`; saves memory in training.
-        solver, gradient: see :class:`~zoo.implicit.DEQ`; Anderson to a relative residual of 1e-3 by default.
+        solver, gradient: see :class:`~zoo.implicit.DEQ`; by default Anderson to a relative residual of 1e-3, from which
+            texts leave as they converge, since one hard text would cost the whole batch, and GMRES for the adjoint.
 
     Shape:
         tokens int64 ``(B, L)`` -> h ``(B, L, d)`` and the :class:`Memory` of the last memory_length positions.
@@ -267,11 +268,10 @@ class DEQTransformer(LanguageModel):
         ]
         if start == "local":
             begin_locally(self.vocabulary, *blocks)
-        default = Anderson(tol=1e-3, max_steps=30)
         self.deq = DEQ(
             TransformerCell(blocks, dropout, weight_norm),
-            default if solver is None else solver,
-            ImplicitGradient(default) if gradient is None else gradient,
+            Anderson(tol=1e-3, max_steps=30, compact=True) if solver is None else solver,
+            ImplicitGradient(GMRES(tol=1e-3, max_steps=30)) if gradient is None else gradient,
             unrolled=unrolled,
             recompute=recompute,
         )
