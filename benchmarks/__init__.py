@@ -1,1 +1,1 @@
-"""Measurements of the backbone, beside TorchDEQ on the same problems: ``python -m benchmarks.solvers``."""
+"""Measurements beside TorchDEQ, on the same problems: ``python -m benchmarks.{solvers,models,transformer}``."""

@@ -37,15 +37,17 @@ LONGER = Zoo("zoo anderson, memory 20, mixing always", Anderson(memory=20, mix_e
 COMPACT_ANDERSON = Zoo("zoo anderson, compact", Anderson(compact=True))
 COMPACT_BROYDEN = Zoo("zoo broyden, compact", Broyden(compact=True))
 TRANSFORMER_PAIRS: tuple[tuple[Contestant, Contestant], ...] = (
+    (COMPACT_ANDERSON, ZOO_GMRES),
     (c.ANDERSON, c.ANDERSON),
     (c.ANDERSON, ZOO_GMRES),
     (LONGER, ZOO_GMRES),
-    (COMPACT_ANDERSON, ZOO_GMRES),
     (c.BROYDEN, c.BROYDEN),
     (COMPACT_BROYDEN, ZOO_GMRES),
     *(pair for pair in PAIRS if not isinstance(pair[0], Zoo)),
     (c.T_BROYDEN, c.T_ANDERSON_SMALL),
 )
+"""The default of the DEQ transformer first."""
+
 AS_ITS_ZOO = "cell as its zoo writes it"
 
 

@@ -146,8 +146,8 @@ class LanguageModel(EquilibriumModule):
         return self._language.nll(h, target)
 
     @property
-    def _language(self) -> zoo.language.LanguageModel:
-        return cast(zoo.language.LanguageModel, self.model)
+    def _language(self) -> zoo.language.TextModel:
+        return cast(zoo.language.TextModel, self.model)
 
     # --- what counts
 

@@ -20,7 +20,7 @@ M = TypeVar("M")
 BYTES = 256
 
 
-class LanguageModel(nn.Module, ABC):
+class TextModel(nn.Module, ABC):
     """A model of the next token, which reads a text segment by segment and remembers the ones before.
 
     A subclass has a ``vocabulary`` and a ``memory_length``, and says how it reads (:meth:`forward`) and what it last

@@ -414,7 +414,7 @@ class MDEQSegmenter(_MDEQ):
         """``(B, C, H, W)`` -> logits ``(B, num_classes, H, W)``; raises as :meth:`equilibrium` does."""
         logits = self.coarse_logits(image)
         H, W = image.shape[-2:]
-        size = [side + -side % self.multiple for side in (H, W)]
+        size = [side * self.stem_stride for side in logits.shape[2:]]  # that of the padded image
         return F.interpolate(logits, size, mode="bilinear", align_corners=False)[..., :H, :W]
 
 

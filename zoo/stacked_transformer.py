@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from torch import Tensor, nn
 
 from .attention import Past, sinusoids
-from .language import LanguageModel
+from .language import TextModel
 from .registry import register_model
 from .transformer import Block, begin_locally, check_sizes, check_start
 from .vocabulary import TiedVocabulary
@@ -38,7 +38,7 @@ class Layer(Block):
         return y
 
 
-class StackedTransformer(LanguageModel):
+class StackedTransformer(TextModel):
     """Embedding -> n layers -> normalisation -> output layer, with the interface of :class:`~zoo.DEQTransformer`.
 
     Args:

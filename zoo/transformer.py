@@ -19,7 +19,7 @@ from torch.nn import functional as F
 from .attention import Past, RelativeAttention, sinusoids
 from .implicit import DEQ, GMRES, Anderson, Gradient, ImplicitGradient, Solver, VariationalDropout, normalize_weights
 from .implicit.choices import nearest
-from .language import LanguageModel
+from .language import TextModel
 from .registry import register_model
 from .vocabulary import TiedVocabulary
 
@@ -184,7 +184,7 @@ class TransformerCell(nn.Module):
         return u.new_zeros(B, L, len(bias), dtype=bias.dtype)
 
 
-class DEQTransformer(LanguageModel):
+class DEQTransformer(TextModel):
     """A language model: embedding -> injection u -> equilibrium z* = f(z*, u, memory) -> output layer.
 
     Args:
