@@ -102,7 +102,8 @@ class TextBatches:
     is the next segment of every stream; the last may be shorter. Where a stream has ended before the longest one, the
     token is 0 and the target -100, which does not count.
 
-    A Trainer takes this as it is, in place of a DataLoader: it draws no samples of its own and advises no workers.
+    A Trainer takes this as it is, in place of a DataLoader: it draws no samples of its own and advises no workers. Its
+    checkpoints keep the place in the text (``state_dict``): a run that is resumed within an epoch goes on there.
 
     Args:
         text: tokens ``(N,)``.
@@ -120,13 +121,24 @@ class TextBatches:
         self.lengths = lengths[rows]
         self.segment_length = segment_length
         self.longest = int(lengths.max())
+        self._next = self._first = 0
+
+    def state_dict(self) -> dict[str, int]:
+        """How far all streams were read; after the last batch that is to their end."""
+        return {"position": self._next}
+
+    def load_state_dict(self, state_dict: dict[str, int]) -> None:
+        """The next pass reads on from there, which may be nothing, and those after it from the beginning."""
+        self._next = self._first = state_dict["position"]
 
     def __len__(self) -> int:
         return math.ceil(self.longest / self.segment_length)
 
     def __iter__(self) -> Iterator[Batch]:
-        for begin in range(0, self.longest, self.segment_length):
-            place = torch.arange(begin, min(begin + self.segment_length, self.longest))
+        first, self._first = self._first, 0
+        for begin in range(first, self.longest, self.segment_length):
+            self._next = min(begin + self.segment_length, self.longest)
+            place = torch.arange(begin, self._next)
             over = place >= self.lengths.unsqueeze(1)
             at = (self.starts.unsqueeze(1) + place).masked_fill(over, 0)
             tokens, target = self.text[at].long(), self.text[at + 1].long()
@@ -264,9 +276,10 @@ class TextDataModule(LightningDataModule, ABC):
                 f"Set eval_batch_size to {devices} or more"
             )
         if len(text) <= streams:
+            smaller = "Choose a smaller eval_batch_size, or a" if len(text) > 1 else "Give a"
             raise DataError(
-                f"the {part} text has {len(text)} tokens; {streams} streams need at least {streams + 1}. "
-                "Choose a smaller eval_batch_size, or a longer text"
+                f"the {part} text has {len(text)} tokens; {streams} streams need at least {streams + 1}. {smaller} "
+                "longer text"
             )
         rows = slice(rank * streams // devices, (rank + 1) * streams // devices)
         return TextBatches(text, *evaluation_streams(len(text), streams), self.eval_segment_length, rows)

@@ -63,6 +63,11 @@ class TextFolderDataModule(TextDataModule):
             DataError: all files are empty.
         """
         root = Path(self.root).absolute()
+        if root.is_file():
+            raise FileNotFoundError(
+                f"{root} is a file, and a folder is asked for. Give its folder, {root.parent}, and --data.pattern "
+                f"{root.name}"
+            )
         if not root.is_dir():
             raise FileNotFoundError(
                 f"no text was found: there is no folder {root}. "

@@ -33,8 +33,8 @@ DATA = {
     "PyDocsDataModule": (
         "pydocs",
         "_pydocs",
-        "the documentation in Python {data.python_version}, topics of help() and docstrings: {bytes:,} training bytes of "
-        "the fixed split in datamodules/pydocs.py",
+        "the documentation in Python {data.python_version}, topics of help() and docstrings: {bytes:,} training bytes "
+        "of the fixed split in datamodules/pydocs.py",
         "the bytes of a text in UTF-8, int64 (B, L); generate() takes text",
     ),
 }
@@ -47,6 +47,11 @@ def main(checkpoint: str, name: str | None = None) -> None:
     source: Any = pydoc.locate(made_by["data"]["class_path"])
     data = source(**made_by["data"]["init_args"])
     module = task.load_from_checkpoint(checkpoint, weights_only=True, map_location="cpu")
+    if (positions := getattr(module, "eval_memory_length", None)) is not None:  # a language model as it was validated
+        made_of = zoo.spec_of(module.model)
+        model = zoo.create_model(made_of.model, **{**made_of.arguments, "memory_length": positions})
+        model.load_state_dict(module.model.state_dict())
+        module.model = model.eval()
     tag, suffix, trained_on, preprocessing = DATA[source.__name__]
     name = name or f"{zoo.spec_of(module.model).model}.{tag}"
     path = zoo.weights.weights_dir() / f"{name}.safetensors"

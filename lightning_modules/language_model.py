@@ -16,13 +16,12 @@ from torchmetrics import Metric, MetricCollection
 
 import zoo.language
 from zoo.implicit.solvers.base import is_count
+from zoo.vocabulary import IGNORED
 
 from .base import EquilibriumModule, with_own
 from .targets import check_targets
 
 Batch = tuple[Tensor, Tensor]
-IGNORED = -100
-"""The target that does not count."""
 
 
 class LanguageModel(EquilibriumModule):
@@ -68,6 +67,9 @@ class LanguageModel(EquilibriumModule):
     ) -> None:
         if eval_memory_length is not None and not is_count(eval_memory_length, 0):
             raise ValueError(f"eval_memory_length takes an integer >= 0, or None; given: {eval_memory_length!r}")
+        known = zoo.list_models(kind=zoo.language.TextModel)
+        if model in zoo.list_models() and model not in known:
+            raise ValueError(f"{model!r} is no language model; these are: {', '.join(known)}")
         super().__init__(model=model, model_args=with_own(model_args, vocab_size=vocab_size), **options)
         self.save_plain_hyperparameters(
             vocab_size=vocab_size, model_args=model_args, eval_memory_length=eval_memory_length
@@ -119,11 +121,12 @@ class LanguageModel(EquilibriumModule):
         self._evaluate("test", self.test_metrics, batch, batch_index)
 
     def predict_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
-        """Of each row: how many targets count, the log-probability of all these, in nats, and the bits a byte."""
+        """Of each row with targets that count: how many, the log-probability of them in nats, and the bits a byte."""
         nll = self._read("predict", batch, batch_index, self.model).double().sum(dim=1)
         tokens, num_bytes = (batch[1] != IGNORED).sum(dim=1), self._bytes(batch[1]).sum(dim=1)
         per = tokens if self.token_bytes is None else num_bytes
-        return {"tokens": tokens, "log_prob": -nll, self._bits: nll / math.log(2) / per}
+        rows = {"tokens": tokens, "log_prob": -nll, self._bits: nll / math.log(2) / per}
+        return {name: values[tokens > 0] for name, values in rows.items()}  # some streams end before others
 
     def _evaluate(self, stage: str, metrics: MetricCollection, batch: Batch, batch_index: int) -> None:
         def observed(*inputs: Any) -> Any:

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any, TypeVar, cast
 
@@ -14,6 +15,7 @@ from torch.utils import _pytree as pytree
 
 from .attention import RelativeAttention
 from .errors import InputError
+from .implicit.solvers.base import is_count
 from .vocabulary import IGNORED, TiedVocabulary
 
 M = TypeVar("M")
@@ -31,7 +33,24 @@ class TextModel(nn.Module, ABC):
     """
 
     vocabulary: TiedVocabulary
-    memory_length: int
+
+    @property
+    def memory_length(self) -> int:
+        return self._memory_length
+
+    @memory_length.setter
+    def memory_length(self, positions: int) -> None:
+        if not is_count(positions, 0):
+            raise ValueError(f"memory_length takes an integer >= 0; given: {positions!r}")
+        self._memory_length = positions
+
+    @property
+    def is_the_same_in_pieces(self) -> bool:
+        """Whether what it gives at a position does not depend on how the text before is cut into segments.
+
+        That is so where a memory has all that a segment would have read itself.
+        """
+        return True
 
     @property
     def vocab_size(self) -> int:
@@ -69,8 +88,9 @@ class TextModel(nn.Module, ABC):
     def log_prob(self, tokens: Tensor, memory: M | None = None) -> tuple[Tensor, M]:
         """Log p of each token given all before it, in nats, and the memory with which to go on.
 
-        Without a memory the first token is given: its entry is 0. A text in two pieces, the second one with the
-        memory of the first, gets the values of the whole text as far as memories reach back.
+        Without a memory, or with an empty one, the first token is given: its entry is 0. A text in two pieces, the
+        second one with the memory of the first, gets the values of the whole text as far as memories reach back (of a
+        model that ``is_the_same_in_pieces``: not of one that is unrolled, nor of several blocks in one equilibrium).
 
         Shape:
             int64 ``(B, L)`` -> ``(B, L)``. Work and memory grow as L times L plus the memory's length.
@@ -116,7 +136,8 @@ class TextModel(nn.Module, ABC):
                 et al., "The Curious Case of Neural Text Degeneration", ICLR 2020).
             memory: of a text that was read before the prompt.
             generator: of the random numbers; torch's global one if not given.
-            warm_start: see above; without it each position is solved by itself, from the model's own start.
+            warm_start: see above; without it each position is solved by itself, from the model's own start, as in a
+                model that is not ``is_the_same_in_pieces``.
             lookahead: see above; 0 reads nothing along.
 
         Returns:
@@ -134,6 +155,7 @@ class TextModel(nn.Module, ABC):
         self.check_tokens(tokens)
         m = self.memory_length
         text, end = tokens, tokens.shape[1] + length
+        warm_start = warm_start and self.is_the_same_in_pieces
         with self._seeing(m, lookahead if warm_start else 0):
             for segment in tokens.split(m, dim=1):
                 h, memory = self(segment, _last(memory, m))
@@ -185,6 +207,11 @@ class TextModel(nn.Module, ABC):
     def check_tokens(self, tokens: Tensor) -> None:
         """Raise InputError unless these are tokens of the vocabulary, ``(B, L)`` with L >= 1."""
         name = type(self).__name__
+        if not isinstance(tokens, Tensor):
+            raise InputError(
+                f"{name} takes tokens int64 (B, L); given: {type(tokens).__name__}. generate() takes text, and the "
+                "encode() of a data module makes tokens of it"
+            )
         if tokens.dim() != 2 or tokens.dtype != torch.int64 or tokens.shape[1] == 0:
             raise InputError(
                 f"{name} takes tokens int64 (B, L) with L >= 1; given: {tokens.dtype} of shape {tuple(tokens.shape)}"
@@ -192,13 +219,15 @@ class TextModel(nn.Module, ABC):
             )
         self._check_range("tokens", tokens)
 
-    def check_memory(self, tokens: Tensor, memory: Any) -> None:
-        """Raise InputError unless the memory is of as many texts as there are tokens of."""
-        sizes = {x.shape[0] for x in pytree.tree_leaves(memory) if isinstance(x, Tensor)}
-        if sizes - {tokens.shape[0]}:
+    def check_memory(self, memory: Any, tokens: Tensor, widths: Sequence[int]) -> None:
+        """Raise InputError unless the memory is of this model, ``(B, m, width)`` each, and of as many texts."""
+        shapes = [tuple(getattr(x, "shape", ())) for x in pytree.tree_leaves(memory)]
+        positions = shapes[0][1] if shapes and len(shapes[0]) == 3 else 0
+        if shapes != [(len(tokens), positions, width) for width in widths]:
             raise InputError(
-                f"a memory is of the same texts as the tokens; given: tokens of {tokens.shape[0]} texts and a memory "
-                f"of {max(sizes)}. Give memory=None where other texts begin"
+                f"a memory is of this {type(self).__name__}, and of the same texts as the tokens: "
+                f"{', '.join(f'({len(tokens)}, m, {width})' for width in widths)}; given: "
+                f"{', '.join(map(str, shapes))}. Give memory=None where other texts begin"
             )
 
     def _check_range(self, what: str, tokens: Tensor, more: str = "") -> None:
@@ -238,7 +267,7 @@ def look_back(text: Tensor, positions: int, most: int, longest: int = 16) -> tup
     B, n = text.shape
     known = min(positions, n - 1)  # a memory may reach back further than the text that is known
     agreement = torch.zeros(B, known, dtype=torch.int64, device=text.device)
-    if not known:
+    if not known or not B:
         return text[:, :0], text.new_full((B, 1), -1)
     going_on = torch.ones_like(agreement, dtype=torch.bool)
     padded = F.pad(text, (longest, 0), value=-1)
@@ -278,15 +307,15 @@ def _check(
     lookahead: int,
     memory_length: int,
 ) -> None:
-    if length < 1:
+    if not is_count(length, 1):
         raise ValueError(f"generate(length=...) takes an integer >= 1; given: {length!r}")
-    if not temperature >= 0:
-        raise ValueError(f"generate(temperature=...) takes a number >= 0; given: {temperature!r}")
-    if top_k is not None and top_k < 1:
+    if not (isinstance(temperature, int | float) and 0 <= temperature < math.inf):
+        raise ValueError(f"generate(temperature=...) takes a finite number >= 0; given: {temperature!r}")
+    if top_k is not None and not is_count(top_k, 1):
         raise ValueError(f"generate(top_k=...) takes an integer >= 1, or None; given: {top_k!r}")
-    if top_p is not None and not 0 < top_p <= 1:
+    if top_p is not None and not (isinstance(top_p, int | float) and 0 < top_p <= 1):
         raise ValueError(f"generate(top_p=...) takes a probability in (0, 1], or None; given: {top_p!r}")
-    if lookahead < 0:
+    if not is_count(lookahead, 0):
         raise ValueError(f"generate(lookahead=...) takes an integer >= 0; given: {lookahead!r}")
     if memory_length < 1:
         raise ValueError(
@@ -301,7 +330,11 @@ def _draw(
     """One token a row: ``(B, V)`` -> int64 ``(B, 1)``."""
     if temperature == 0:
         return log_p.argmax(dim=1, keepdim=True)
-    p, tokens = (log_p / temperature).softmax(dim=1).sort(dim=1, descending=True, stable=True)
+    p, tokens = (
+        ((log_p - log_p.amax(dim=1, keepdim=True)) / temperature)
+        .softmax(dim=1)
+        .sort(dim=1, descending=True, stable=True)
+    )
     if top_k is not None:
         p[:, top_k:] = 0
     if top_p is not None:

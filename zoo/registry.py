@@ -50,9 +50,17 @@ def register_model(name: str, builder: Callable[..., nn.Module], **preset: Any) 
     _MODELS[name] = _Entry(builder, preset)
 
 
-def list_models(pattern: str = "*") -> list[str]:
-    """The names of all models that match ``pattern`` (shell wildcards), sorted."""
-    return sorted(fnmatch.filter(_MODELS, pattern))
+def list_models(pattern: str = "*", kind: type[nn.Module] = nn.Module) -> list[str]:
+    """The names of all models that match ``pattern`` (shell wildcards), sorted.
+
+    With ``kind``, those that are of that class.
+    """
+    names = sorted(fnmatch.filter(_MODELS, pattern))
+    return [name for name in names if kind is nn.Module or _is_of(_MODELS[name].builder, kind)]
+
+
+def _is_of(builder: Callable[..., nn.Module], kind: type[nn.Module]) -> bool:
+    return isinstance(builder, type) and issubclass(builder, kind)
 
 
 def create_model(name: str, **arguments: Any) -> nn.Module:

@@ -72,7 +72,6 @@ class StackedTransformer(TextModel):
         d_head = check_sizes(
             type(self).__name__, d_model, num_heads, d_head, cutoffs, vocab_size,
             {"d_inner": d_inner, "layers": layers, "attention_span": attention_span, "div_val": div_val},
-            memory_length,
         )  # fmt: skip
         super().__init__()
         self.memory_length = memory_length
@@ -95,7 +94,7 @@ class StackedTransformer(TextModel):
         z = self.input_dropout(self.vocabulary.embed(tokens))
         if memory is None:
             memory = (z[:, :0],) * (len(self.layers) + 1)
-        self.check_memory(tokens, memory)
+        self.check_memory(memory, tokens, (z.shape[2],) * (len(self.layers) + 1))
         positions = sinusoids(memory[0].shape[1] + z.shape[1], z.shape[2], z)
         read = []
         for layer, before in zip(self.layers, memory, strict=False):

@@ -250,10 +250,13 @@ class DEQTransformer(TextModel):
         if norm not in BLOCKS:
             raise ValueError(f"unknown norm {norm!r}.{nearest(norm, list(BLOCKS))}")
         check_start(start)
+        if norm == "sub" and unrolled is None:
+            raise ValueError(
+                "norm='sub' takes unrolled=..., like 12: its cell has no isolated equilibrium that could be solved for"
+            )
         d_head = check_sizes(
             type(self).__name__, d_model, num_heads, d_head, cutoffs, vocab_size,
             {"d_inner": d_inner, "layers": layers, "attention_span": attention_span, "div_val": div_val},
-            memory_length,
         )  # fmt: skip
         super().__init__()
         self.memory_length = memory_length
@@ -292,11 +295,17 @@ class DEQTransformer(TextModel):
         u = self.injection(self.input_dropout(self.vocabulary.embed(tokens)))
         if memory is None:
             memory = Memory(u.new_zeros(len(u), 0, self.vocabulary.d_model), u[:, :0])
-        self.check_memory(tokens, memory)
+        self.check_memory(memory, tokens, (self.vocabulary.d_model, u.shape[2]))
+        memory = Memory(*memory)  # a plain tuple will do
         past = self.cell.past(memory, tokens.shape[1])
         z, _ = self.deq(u, past, z0=z0)
         new_memory = Memory(*(self.remembered(old, x) for old, x in zip(memory, (z, u), strict=True)))
         return self.output_dropout(z), new_memory
+
+    @property
+    def is_the_same_in_pieces(self) -> bool:
+        """Where one block is solved. Unrolled, or of several blocks, memories have the last state for all of them."""
+        return self.deq.unrolled is None and len(self.cell.blocks) == 1
 
     @property
     def cell(self) -> TransformerCell:
@@ -336,7 +345,6 @@ def check_sizes(
     cutoffs: Sequence[int],
     vocab_size: int,
     others: dict[str, int],
-    memory_length: int,
 ) -> int:
     """D; raises ValueError where the sizes of a language model make no sense."""
     for name, value in {"vocab_size": vocab_size, "d_model": d_model, "num_heads": num_heads, **others}.items():
@@ -344,8 +352,6 @@ def check_sizes(
             raise ValueError(f"{model}({name}=...) takes an integer >= 1; given: {value!r}")
     if d_model % 2:
         raise ValueError(f"{model}(d_model=...) takes an even number: half of it are sines; given: {d_model!r}")
-    if memory_length < 0:
-        raise ValueError(f"{model}(memory_length=...) takes an integer >= 0; given: {memory_length!r}")
     if list(cutoffs) != sorted({*cutoffs}) or not all(0 < cutoff < vocab_size for cutoff in cutoffs):
         raise ValueError(
             f"{model}(cutoffs=...) takes rising integers between 1 and vocab_size - 1 = {vocab_size - 1}; given: "

@@ -99,6 +99,28 @@ def test_a_run_is_resumed_with_its_memory(read: Fitted) -> None:
     assert any("the checkpoint's is of batches of 3 rows, and now they have 2" in message for message in messages)
 
 
+def test_a_run_is_resumed_within_an_epoch(folder: Path) -> None:
+    """The same weights as those of a run that did not stop: it goes on in the text where it was."""
+
+    unprobed = ("--model.jacobian_weight", "0")  # a resumed run draws other probes
+
+    def run(steps: int, *more: str) -> Path:
+        length = (
+            "--trainer.max_steps",
+            str(steps),
+            "--trainer.val_check_interval",
+            "3",
+            "--trainer.log_every_n_steps",
+            "1",
+        )
+        return Path(fit(*typed(folder), *QUIET, *length, "--model.schedule", "constant", *unprobed, *more).last)
+
+    whole = torch.load(run(6), weights_only=True)
+    resumed = torch.load(run(6, "--ckpt_path", str(run(3))), weights_only=True)
+    assert (whole["global_step"], resumed["global_step"]) == (6, 6)
+    assert all(torch.equal(value, resumed["state_dict"][name]) for name, value in whole["state_dict"].items())
+
+
 TYPED = {
     "--model.vocab_siz 3": "unknown argument 'model.vocab_siz' of LanguageModel. Did you mean 'vocab_size'?",
     "--model.eval_memory 3": (
@@ -110,6 +132,8 @@ TYPED = {
     "--model LanguageModl": "unknown class 'LanguageModl' for 'model'. Did you mean 'LanguageModel'?",
     "--model.model deq_transformr": "unknown model 'deq_transformr'. Did you mean 'deq_transformer'?",
     "--model.model_args.d_modl 8": "model 'deq_transformer' has no argument 'd_modl'. Did you mean 'd_model'?",
+    "--model.model mdeq_tiny": "'mdeq_tiny' is no language model; these are: deq_lm_wt103, deq_transformer, ",
+    "--model.model_args.norm sub": "norm='sub' takes unrolled=..., like 12",
     "--model.model_args.vocab_size 8": "vocab_size is an argument of its own, beside model_args",
     "--model.eval_memory_length=-1": "eval_memory_length takes an integer >= 0, or None; given: -1",
     "--model.max_steps_jitter=[0,-2]": "two integers [low, high] with low <= high; given: [0, -2]",

@@ -110,6 +110,20 @@ def test_an_epoch_is_the_same_each_time():
         assert torch.equal(first[0], second[0])
 
 
+@pytest.mark.parametrize("read", range(8))
+def test_reading_goes_on_where_it_was(read):
+    """Within a pass, and after its last batch, where nothing of it is left; the pass after it is whole again."""
+    whole = Numbers().train_dataloader()
+    batches = iter(whole)
+    for _ in range(min(read, len(whole))):
+        next(batches)
+    resumed = Numbers().train_dataloader()
+    resumed.load_state_dict(whole.state_dict())
+    assert resumed.state_dict() == whole.state_dict()
+    for expected in ([*batches], [*whole]):
+        assert [tokens.tolist() for tokens, _ in resumed] == [tokens.tolist() for tokens, _ in expected]
+
+
 def test_batches_by_hand():
     """Two streams of four tokens and one left out; in evaluation, streams of five and of four targets."""
     module = Numbers(9, 10, 3, batch_size=2, segment_length=2, eval_batch_size=2, eval_segment_length=4)

@@ -42,6 +42,7 @@ def test_every_family_is_listed() -> None:
     assert zoo.list_models("tanh*") == ["tanh_deq"]
     assert {"mdeq", "mdeq_tiny", "mdeq_xl_cityscapes"} < set(zoo.list_models("mdeq*"))
     assert zoo.list_models("raft*") == []
+    assert zoo.list_models("*nano*", zoo.DEQTransformer) == ["deq_transformer_nano"]
 
 
 @pytest.mark.usefixtures("toys")

@@ -155,7 +155,7 @@ def test_the_memory_has_its_length() -> None:
 def test_tokens_and_memories_that_do_not_fit() -> None:
     model = transformer()
     _, memory = model(text(2, 4))
-    with pytest.raises(zoo.InputError, match=r"tokens of 3 texts and a memory of 2\. Give memory=None"):
+    with pytest.raises(zoo.InputError, match=r"given: \(2, 4, 8\), \(2, 4, 24\)\. Give memory=None"):
         model(text(3, 4), memory)
     for tokens, message in (
         (text(2, 0), r"int64 \(B, L\) with L >= 1; given: torch.int64 of shape \(2, 0\)\. A text begins"),
@@ -551,8 +551,13 @@ def test_texts_go_in_and_out(monkeypatch: pytest.MonkeyPatch) -> None:
         (torch.zeros(2, 0, dtype=torch.int64), {}, zoo.InputError, r"A text begins with one token at least"),
         (torch.tensor([[256]]), {}, zoo.InputError, r"tokens are from 0 to 255 \(vocab_size=256\); given: from 256"),
         ("a", {"length": 0}, ValueError, r"generate\(length=\.\.\.\) takes an integer >= 1; given: 0"),
-        ("a", {"temperature": -1}, ValueError, r"temperature=\.\.\.\) takes a number >= 0; given: -1"),
-        ("a", {"temperature": float("nan")}, ValueError, r"temperature=\.\.\.\) takes a number >= 0; given: nan"),
+        ("a", {"temperature": -1}, ValueError, r"temperature=\.\.\.\) takes a finite number >= 0; given: -1"),
+        (
+            "a",
+            {"temperature": float("nan")},
+            ValueError,
+            r"temperature=\.\.\.\) takes a finite number >= 0; given: nan",
+        ),
         ("a", {"top_k": 0}, ValueError, r"top_k=\.\.\.\) takes an integer >= 1, or None; given: 0"),
         ("a", {"top_p": 0.0}, ValueError, r"top_p=\.\.\.\) takes a probability in \(0, 1\], or None; given: 0\.0"),
         ("a", {"top_p": 1.5}, ValueError, r"top_p=\.\.\.\) takes a probability in \(0, 1\], or None; given: 1\.5"),

@@ -30,7 +30,7 @@ SMALL: dict[str, Any] = {
 NORMS: dict[str, dict[str, Any]] = {
     "post": SMALL,
     "pre": {**SMALL, "norm": "pre"},
-    "sub": {**SMALL, "norm": "sub", "layers": 3},
+    "sub": {**SMALL, "norm": "sub", "layers": 3, "unrolled": 12},
 }
 every_norm = pytest.mark.parametrize("norm", NORMS)
 
@@ -95,7 +95,7 @@ def test_sizes_are_read_off_the_shapes(data: st.DataObject) -> None:
         "d_inner": data.draw(st.integers(1, 5)),
         "layers": data.draw(st.integers(1, 3)) if norm == "sub" else 1,
         "weight_norm": data.draw(st.booleans()),
-        **({"norm": "sub"} if norm == "sub" else {}),
+        **({"norm": "sub", "unrolled": 12} if norm == "sub" else {}),
         **({"div_val": data.draw(st.sampled_from([1, 2, 4]))} if clusters else {}),
     }
     if clusters == 3 and arguments["div_val"] == 4:

@@ -82,7 +82,9 @@ def load(state: dict[str, Tensor], where: str, overrides: dict[str, Any]) -> nn.
     _check_frequencies(checkpoint, sizes["d_model"])
     if numbered:
         checkpoint = Checkpoint(_by_kind(checkpoint, sizes["num_heads"]), where, whole.family)
-    model = checkpoint.create(_name(sizes, overrides), sizes, overrides)
+    norm = overrides.get("norm", sizes.get("norm"))
+    applied = {"unrolled": 12} if norm == "sub" else {}  # as its authors do; there is nothing to solve for
+    model = checkpoint.create(_name(sizes, overrides), {**applied, **sizes}, overrides)
     names = {name: key for key in model.state_dict() for name in original_names(key, numbered=numbered)}
     told = {key: value for key, value in overrides.items() if key in {*sizes, "norm", "d_head", "div_val"}}
     state = {key: value for key, value in checkpoint.state.items() if key != _FREQUENCIES}
