@@ -342,7 +342,8 @@ def _generation(found: Data) -> str:
         f"## Generation\n\nThe {found['length']} most probable bytes after each of {found['prompts']} prompts, which "
         f"are {found['prompt_length']} bytes of the test text each, with a relative residual of {found['tol']:g}. A "
         "cold start is z0 = 0 at each byte; a warm one begins where the memory has read the same before, and reads "
-        f"along what followed there (`generate(warm_start=True, lookahead=8)`, its default).\n\n{table(header, rows)}"
+        f"along what followed there (`generate(warm_start=True, lookahead=8)`, its default); such "
+        f"an evaluation is of up to nine positions in place of one.\n\n{table(header, rows)}"
     )
 
 

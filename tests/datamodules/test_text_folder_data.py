@@ -90,6 +90,9 @@ def test_a_missing_folder(tmp_path):
         FileNotFoundError, match=r"there is no folder .*/nowhere\. To look elsewhere, give --data\.root"
     ):
         parts(tmp_path / "nowhere")
+    write(tmp_path, {"all.txt": b"text"})
+    with pytest.raises(FileNotFoundError, match=r"all\.txt is a file, and a folder .* and --data\.pattern all\.txt"):
+        parts(tmp_path / "all.txt")
 
 
 def test_no_file_fits(tmp_path):
