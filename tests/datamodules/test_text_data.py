@@ -161,7 +161,7 @@ def test_an_evaluation_text_too_short_for_its_streams():
     with pytest.raises(DataError, match="the validation text has 3 tokens; 3 streams need at least 4"):
         Numbers(val=3).val_dataloader()
     for name in ("test_dataloader", "predict_dataloader"):
-        with pytest.raises(DataError, match=r"the test text has 0 tokens; .* smaller eval_batch_size"):
+        with pytest.raises(DataError, match=r"the test text has 0 tokens; .* Give a longer text"):
             getattr(Numbers(test=0), name)()
 
 

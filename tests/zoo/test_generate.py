@@ -37,7 +37,7 @@ def stacked(**arguments: Any) -> zoo.StackedTransformer:
     return zoo.StackedTransformer(**{**sizes, "start": "local", **arguments}).double().eval()
 
 
-def evaluations(model: Any, **arguments: Any) -> tuple[Tensor, int]:
+def evaluations(model: Any, length: int = 40, **arguments: Any) -> tuple[Tensor, int]:
     """What it writes, and how often the cell is evaluated for that."""
     counted = 0
 
@@ -47,7 +47,7 @@ def evaluations(model: Any, **arguments: Any) -> tuple[Tensor, int]:
 
     handle = model.deq.cell.register_forward_hook(count)
     try:
-        written = model.generate(length=40, temperature=0, **arguments)
+        written = model.generate(length=length, temperature=0, **arguments)
     finally:
         handle.remove()
     assert isinstance(written, Tensor)
@@ -163,6 +163,7 @@ def test_the_shipped_weights_know_their_text() -> None:
     """As the record says, on some of the test text; which text that is depends on the version of Python."""
     (record,) = zoo.list_weights("deq_transformer_nano.pydocs")
     model = zoo.load_pretrained(record.name)
+    model.deq.on_failure = "ignore"  # the record says how many are solved
     data = PyDocsDataModule(segment_length=256)
     memory, nats, count = None, 0.0, 0
     with torch.no_grad():
@@ -177,8 +178,8 @@ def test_the_shipped_weights_write_with_half_the_evaluations() -> None:
     """What the issue of warm starts asks: the same bytes, taking the most probable one each time."""
     model = zoo.load_pretrained("deq_transformer_nano.pydocs")
     prompt = torch.tensor([list(b'help("dict")\n\nReturn a new dictionary ')])
-    cold, most = evaluations(model, prompt=prompt, warm_start=False)
-    warm, fewer = evaluations(model, prompt=prompt)
+    cold, most = evaluations(model, 160, prompt=prompt, warm_start=False)
+    warm, fewer = evaluations(model, 160, prompt=prompt)
     assert torch.equal(warm, cold)
     assert 2 * fewer <= most
 
