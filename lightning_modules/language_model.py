@@ -105,7 +105,7 @@ class LanguageModel(EquilibriumModule):
         counted = self._counted(tokens, target)
         (h, memory), jacobian_term = self.regularized("train", tokens, self._memory("train", tokens))
         self._keep("train", memory)
-        nats = self._language.nll(h, target).sum()
+        nats = self._language.vocabulary.nll(h, target).sum()  # the targets were checked
         loss = nats / max(1, counted)
         self.train_metrics.update(nats.detach(), counted, self._bytes(target).sum())
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=max(1, counted))
@@ -146,7 +146,7 @@ class LanguageModel(EquilibriumModule):
         with self._remembering(self.eval_memory_length):
             h, memory = model(tokens, self._memory(stage, tokens))
         self._keep(stage, memory)
-        return self._language.nll(h, target)
+        return self._language.vocabulary.nll(h, target)
 
     @property
     def _language(self) -> zoo.language.TextModel:

@@ -321,7 +321,8 @@ class DEQTransformer(TextModel):
 
     def last_output(self, memory: Memory) -> Tensor | None:
         """z* at the last position of a memory, ``(B, 1, d)``; None where it is empty."""
-        return memory.z[:, -1:] if memory.z.shape[1] else None
+        z = memory[0]  # of a plain tuple too
+        return z[:, -1:] if z.shape[1] else None
 
 
 def begin_locally(vocabulary: TiedVocabulary, *blocks: nn.Module) -> None:

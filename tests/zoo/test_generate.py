@@ -235,6 +235,7 @@ def test_memories_and_tokens_of_something_else(make: Make) -> None:
     _, memory = model(tokens)
     again, _ = model(tokens, tuple(torch.as_tensor(x) for x in memory))  # as a file has it
     assert torch.equal(again, model(tokens, memory)[0])
+    assert torch.equal(model.log_prob(tokens, tuple(memory))[0], model.log_prob(tokens, memory)[0])
     for wrong in (memory[:1], [x[..., :5] for x in memory], [x.expand(2, -1, -1) for x in memory], torch.ones(())):
         with pytest.raises(zoo.InputError, match=r"of the same texts as the tokens: .* Give memory=None where"):
             model(tokens, wrong)
