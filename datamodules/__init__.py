@@ -3,6 +3,7 @@
 from .cifar import CIFAR10DataModule, CIFAR100DataModule, cifar_split
 from .cityscapes import CityscapesDataModule
 from .digits import DigitsDataModule, digits_split
+from .flow import FlowDataModule
 from .idx import DataError
 from .image import ImageDataModule
 from .imagenet import ImageNetDataModule
@@ -22,6 +23,7 @@ __all__ = [
     "DigitScenesDataModule",
     "DigitsDataModule",
     "FashionMNISTDataModule",
+    "FlowDataModule",
     "ImageDataModule",
     "ImageNetDataModule",
     "MNISTDataModule",

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
 Sample = tuple[Tensor, Tensor]
-D = TypeVar("D", bound=Dataset[Sample])
+D = TypeVar("D", bound=Dataset[tuple[Tensor, ...]])
 
 
 class Splits(NamedTuple, Generic[D]):
@@ -28,7 +28,7 @@ class SplitDataModule(LightningDataModule, ABC, Generic[D]):
     """A set in three parts; a subclass says how they are loaded. The loaders work without a Trainer too.
 
     Args:
-        batch_size: images a batch, on each device.
+        batch_size: samples a batch, on each device.
         num_workers: processes that prepare batches; 0 prepares them in the training process.
 
     Attributes:
@@ -44,13 +44,9 @@ class SplitDataModule(LightningDataModule, ABC, Generic[D]):
         self.num_workers = whole_number("num_workers", num_workers, at_least=0)
 
     @property
-    @abstractmethod
-    def class_names(self) -> tuple[str, ...]:
-        """One name a class, in the order of the labels."""
-
-    @property
-    def num_classes(self) -> int:
-        return len(self.class_names)
+    def eval_batch_size(self) -> int:
+        """Samples a batch in validation, test and prediction, on each device."""
+        return self.batch_size
 
     @abstractmethod
     def load(self) -> Splits[D]:
@@ -65,31 +61,47 @@ class SplitDataModule(LightningDataModule, ABC, Generic[D]):
         """Read the set now, so that a broken file is found before the first epoch."""
         _ = self.splits
 
-    def train_dataloader(self) -> DataLoader[Sample]:
+    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return self._loader(self.splits.train, self.augmentation, shuffle=True)
 
-    def val_dataloader(self) -> DataLoader[Sample]:
+    def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return self._loader(self.splits.val)
 
-    def test_dataloader(self) -> DataLoader[Sample]:
+    def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         return self._loader(self.splits.test)
 
-    def predict_dataloader(self) -> DataLoader[Sample]:
+    def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """The test set."""
         return self._loader(self.splits.test)
 
     def _loader(
-        self, dataset: Dataset[Sample], augmentation: Callable[[Tensor], Tensor] | None = None, shuffle: bool = False
-    ) -> DataLoader[Sample]:
+        self,
+        dataset: Dataset[tuple[Tensor, ...]],
+        augmentation: Callable[[Tensor], Tensor] | None = None,
+        shuffle: bool = False,
+    ) -> DataLoader[tuple[Tensor, ...]]:
         return DataLoader(
             dataset,
-            batch_size=self.batch_size,
+            batch_size=self.batch_size if shuffle else self.eval_batch_size,
             shuffle=shuffle,
             num_workers=self.num_workers,
             persistent_workers=self.num_workers > 0,
             pin_memory=torch.cuda.is_available(),
             collate_fn=default_collate if augmentation is None else partial(_collate_augmented, augmentation),
         )
+
+
+class LabelledDataModule(SplitDataModule[D]):
+    """A set whose samples are images and classes; a subclass names the classes."""
+
+    @property
+    @abstractmethod
+    def class_names(self) -> tuple[str, ...]:
+        """One name a class, in the order of the labels."""
+
+    @property
+    def num_classes(self) -> int:
+        return len(self.class_names)
 
 
 def _collate_augmented(augmentation: Callable[[Tensor], Tensor], samples: list[Sample]) -> list[Tensor]:

@@ -9,7 +9,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from .base import D, Sample, SplitDataModule
+from .base import D, LabelledDataModule, Sample
 
 Indices = NDArray[np.int64]
 
@@ -43,7 +43,7 @@ class ImageDataset(Dataset[Sample]):
         return self.images[index].float() / self.white, self.labels[index]
 
 
-class ImageDataModule(SplitDataModule[D]):
+class ImageDataModule(LabelledDataModule[D]):
     """An image classification set; a subclass names its classes and says how it is loaded.
 
     Batches are ``(images float32 (B, C, H, W) in [0, 1], labels int64 (B,))``. Nothing is normalised: the models do

@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from .base import D, SplitDataModule
+from .base import D, LabelledDataModule
 
 
-class SegmentationDataModule(SplitDataModule[D]):
+class SegmentationDataModule(LabelledDataModule[D]):
     """A semantic segmentation set; a subclass names its classes and says how it is loaded.
 
     Batches are ``(images float32 (B, C, H, W) in [0, 1], labels int64 (B, H, W))``. Nothing is normalised: the models
