@@ -8,6 +8,7 @@
 from . import implicit
 from .backbone import load_backbone
 from .errors import InputError
+from .flow import DEQFlow, FlowCell
 from .mdeq import MDEQ, MDEQCell, MDEQSegmenter
 from .originals import load_original
 from .registry import ModelSpec, create_model, list_models, register_model, spec_of
@@ -15,6 +16,7 @@ from .resnet import ResNet
 from .stacked_transformer import StackedTransformer
 from .tanh import TanhCell, TanhDEQ
 from .transformer import DEQTransformer, Memory
+from .video import FlowState, FlowStream
 from .weights import (
     ReinitializedWarning,
     WeightsError,
@@ -26,7 +28,11 @@ from .weights import (
 
 __all__ = [
     "MDEQ",
+    "DEQFlow",
     "DEQTransformer",
+    "FlowCell",
+    "FlowState",
+    "FlowStream",
     "InputError",
     "MDEQCell",
     "MDEQSegmenter",

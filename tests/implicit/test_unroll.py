@@ -20,6 +20,7 @@ from zoo.implicit import (
     ImplicitGradient,
     PhantomGradient,
     SolverStatus,
+    Trajectory,
     UnrolledGradient,
     VariationalDropout,
     fixed_point,
@@ -269,9 +270,26 @@ def test_steps_are_counted(steps: Any) -> None:
     assert deq.unrolled == 3
 
 
-def test_there_is_no_trajectory() -> None:
-    with pytest.raises(ValueError, match="with unrolled=3 there is none: set unrolled=None first"):
-        DEQ(TanhCell(2), unrolled=3)(torch.zeros(1, 2), trajectory=[1, 2])
+def test_a_trajectory_has_the_states_on_the_way_with_the_graph_of_all_applications() -> None:
+    deq = DEQ(TanhCell(2), unrolled=3).double()
+    x = torch.randn(4, 2, dtype=torch.float64, requires_grad=True)
+    z, report, states = deq(x, trajectory=Trajectory([1, 2]))
+    z0 = deq.cell.initial_state(x)
+    expected = [z0]
+    for _ in range(3):
+        expected.append(deq.cell(expected[-1], x))
+    assert report.evaluations == 4
+    for found, wanted in zip([*states, z], expected[1:], strict=True):
+        torch.testing.assert_close(found, wanted)
+        torch.testing.assert_close(
+            torch.autograd.grad(found.square().sum(), x, retain_graph=True),
+            torch.autograd.grad(wanted.square().sum(), x, retain_graph=True),
+        )
+
+
+def test_a_trajectory_ends_with_the_last_application() -> None:
+    with pytest.raises(ValueError, match=r"among the 3 applications of an unrolled cell; given: steps=\(1, 4\)"):
+        DEQ(TanhCell(2), unrolled=3)(torch.zeros(1, 2), trajectory=[1, 4])
 
 
 class InPlace(nn.Module):

@@ -23,7 +23,7 @@ from .stages import one_step_where_none_was_made, solve_in_slices, solve_in_stag
 from .state import State, StateView
 from .trajectory import Trajectory, as_trajectory
 from .transforms import current_transform, in_dual_level, refuse_dual, refuse_transforms, unwrapped
-from .unroll import check_steps, unroll
+from .unroll import check_steps, unroll_through
 
 _SOLVER, _GRADIENT = Anderson(), ImplicitGradient()
 
@@ -115,8 +115,7 @@ def fixed_point(
     check_choices(solver, gradient, on_failure)
     refuse_changing_cells(f)
     refuse_transforms(z0, inputs, unrolled=gradient.through_solver and trajectory is None)
-    if trajectory is not None and not isinstance(trajectory, Trajectory):
-        trajectory = as_trajectory(trajectory)
+    trajectory = None if trajectory is None else as_trajectory(trajectory)
     if trajectory is not None and max(trajectory.steps) > solver.max_steps:
         raise ValueError(
             f"the states of a trajectory are among the solver's max_steps={solver.max_steps} updates; "
@@ -247,15 +246,16 @@ class DEQ(nn.Module):
     ) -> tuple[State, SolverReport] | tuple[State, SolverReport, list[State]]:
         """z* for these inputs, from ``z0`` or the cell's own initial state, and the report of the solve.
 
-        With ``trajectory`` also the states that it names; see :func:`fixed_point`.
+        With ``trajectory`` also the states that it names; see :func:`fixed_point`. Of an unrolled layer they are those
+        after so many applications, with the graph of all of them.
 
-        Raises:
-            ValueError: ``trajectory`` is asked for while ``unrolled`` is set; and what :func:`fixed_point` raises.
+        Raises: what :func:`fixed_point` raises.
         """
         if z0 is None:
             z0 = initial_state(self.cell, *inputs)
         if self.unrolled is not None:
-            return self._unroll(self.unrolled, z0, *inputs, trace=trace, trajectory=trajectory)
+            unrolled = self._unroll(self.unrolled, z0, *inputs, trace=trace, trajectory=trajectory)
+            return cast(tuple[State, SolverReport], unrolled)
         result = fixed_point(
             self.cell,
             z0,
@@ -272,17 +272,14 @@ class DEQ(nn.Module):
         return cast(tuple[State, SolverReport], result)
 
     def _unroll(
-        self, steps: int, z0: State, *inputs: State, trace: bool, trajectory: object
-    ) -> tuple[State, SolverReport]:
-        if trajectory is not None:
-            raise ValueError(
-                f"a trajectory has states of a solve, and with unrolled={steps} there is none: set unrolled=None first"
-            )
-        z, report = unroll(
-            self.cell, z0, *inputs, steps=steps, solver=self.solver, trace=trace, recompute=self.recompute
+        self, steps: int, z0: State, *inputs: State, trace: bool, trajectory: Trajectory | Sequence[int] | None
+    ) -> tuple[State, SolverReport] | tuple[State, SolverReport, list[State]]:
+        keep = () if trajectory is None else as_trajectory(trajectory).steps
+        z, report, states = unroll_through(
+            self.cell, z0, *inputs, steps=steps, keep=keep, solver=self.solver, trace=trace, recompute=self.recompute
         )
         self.report, self.adjoint_report = _to_keep(report), None
-        return z, report
+        return (z, report) if trajectory is None else (z, report, states)
 
     def extra_repr(self) -> str:
         steps = "" if self.unrolled is None else f", unrolled={self.unrolled}"

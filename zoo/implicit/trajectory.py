@@ -49,8 +49,10 @@ class Trajectory:
         object.__setattr__(self, "steps", steps)
 
 
-def as_trajectory(steps: Iterable[int]) -> Trajectory:
-    """``Trajectory(steps)``, with an error that tells what may be given."""
+def as_trajectory(steps: Trajectory | Iterable[int]) -> Trajectory:
+    """What was given, or ``Trajectory(steps)``, with an error that tells what may be given."""
+    if isinstance(steps, Trajectory):
+        return steps
     if not isinstance(steps, Iterable):
         raise TypeError(f"trajectory= takes numbers of updates, like [4, 8], or a Trajectory; given: {steps!r}")
     return Trajectory(tuple(steps))

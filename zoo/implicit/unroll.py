@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from contextlib import nullcontext
 
 import torch
@@ -53,9 +53,33 @@ def unroll(
         RuntimeError: f changed its argument z in place.
         NotImplementedError: under ``torch.func.vmap``.
     """
+    z, report, _ = unroll_through(f, z0, *inputs, steps=steps, solver=solver, trace=trace, recompute=recompute)
+    return z, report
+
+
+def unroll_through(
+    f: Callable[..., State],
+    z0: State,
+    *inputs: State,
+    steps: int,
+    keep: Collection[int] = (),
+    solver: Solver | None = None,
+    trace: bool = False,
+    recompute: bool = False,
+) -> tuple[State, SolverReport, list[State]]:
+    """:func:`unroll`, and the states after ``keep`` applications, each with its graph.
+
+    Raises:
+        ValueError: there are fewer ``steps`` than are to be kept; and what :func:`unroll` raises.
+    """
     check_steps("unroll(steps=...)", steps)
     solver = Anderson() if solver is None else solver
     check_choices(solver, UnrolledGradient(), "ignore")
+    if keep and max(keep) > steps:
+        raise ValueError(
+            f"the states of a trajectory are among the {steps} applications of an unrolled cell; given: "
+            f"steps={tuple(keep)}"
+        )
     refuse_changing_cells(f)
     refuse_transforms(z0, inputs, unrolled=True)
     view = StateView(z0)
@@ -67,7 +91,7 @@ def unroll(
     with one_draw(), computed_once(f), full_precision(view.device), keeping:
         flat_map = FlatMap(f, view, inputs, recompute=recompute).in_precision(ambient)
         z = view.flatten(z0)
-        distances, residuals = [], []
+        distances, residuals, kept = [], [], []
         for k in range(steps + 1):
             with torch.set_grad_enabled(recording and k < steps):
                 fz = flat_map(z)
@@ -77,8 +101,11 @@ def unroll(
             residuals.append(residual)
             if k < steps:
                 z = flat_map.project(fz)
+                if k + 1 in keep:
+                    kept.append(z.clone())
         z = z.clone()  # f may return its input, or what it has saved, and the caller may change z in place
-    return view.unflatten(z), _report(torch.stack(distances), torch.stack(residuals), solver, trace=trace)
+    report = _report(torch.stack(distances), torch.stack(residuals), solver, trace=trace)
+    return view.unflatten(z), report, [view.unflatten(state) for state in kept]
 
 
 def check_steps(what: str, steps: object) -> None:

@@ -1,0 +1,425 @@
+"""Deep equilibrium optical flow: RAFT's update, iterated to its fixed point.
+
+Bai, Geng, Savani and Kolter, "Deep Equilibrium Optical Flow Estimation" (CVPR 2022). Encoders, update and upsampling
+are torchvision's modules of RAFT (Teed and Deng, ECCV 2020), which reproduce the published model: it differs from RAFT
+in that the hidden state starts at 0, that the context encoder gives nothing but the context, and that the mask of the
+upsampling is looked at once, at the equilibrium.
+
+Letters: B batch, H x W image, h x w = H/8 x W/8, C channels of the hidden state.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import partial
+from typing import Any, Literal, get_args, overload
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torchvision.models.optical_flow import raft
+
+from .correlation import correlation_pyramid, look_up
+from .errors import InputError
+from .implicit import DEQ, FixedPointIteration, Gradient, PhantomGradient, Solver, Trajectory, normalize_weights
+from .implicit.solvers.base import is_count
+from .registry import register_model
+from .video import FlowState, FlowStream
+
+Padding = Literal["both", "bottom"]
+STRIDE = 8
+"""Pixels a place of the feature maps."""
+
+
+def pixel_grid(like: Tensor) -> Tensor:
+    """(x, y) of each place of a map ``(B, *, h, w)``: ``(1, 2, h, w)``."""
+    h, w = like.shape[2:]
+    y = torch.arange(h, device=like.device, dtype=like.dtype).view(h, 1).expand(h, w)
+    x = torch.arange(w, device=like.device, dtype=like.dtype).expand(h, w)
+    return torch.stack([x, y]).unsqueeze(0)
+
+
+class GlobalMotion(nn.Module):
+    """m + gamma A V(m): motion of places that look alike, for those that are hidden (Jiang et al., ICCV 2021).
+
+    Args:
+        width: channels of the motion features m.
+
+    Shape:
+        m ``(B, M, h, w)``, attention A ``(B, h w, h w)`` -> ``(B, M, h, w)``.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.to_v = nn.Conv2d(width, width, 1, bias=False)
+        self.gamma = nn.Parameter(torch.zeros(1))
+
+    def forward(self, m: Tensor, attention: Tensor) -> Tensor:
+        v = self.to_v(m).flatten(2).mT
+        return m + self.gamma * torch.bmm(attention, v).mT.view_as(m)
+
+
+class ContextAttention(nn.Module):
+    """A = softmax(q k^T / sqrt(d)) over all places, with q and k from the context (Jiang et al., ICCV 2021).
+
+    Shape:
+        context ``(B, C, h, w)`` -> ``(B, h w, h w)``.
+    """
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.to_qk = nn.Conv2d(width, 2 * width, 1, bias=False)
+
+    def forward(self, context: Tensor) -> Tensor:
+        q, k = self.to_qk(context).flatten(2).chunk(2, dim=1)
+        return torch.bmm(q.mT * q.shape[1] ** -0.5, k).softmax(dim=2)
+
+
+class FlowCell(nn.Module):
+    """f(h, v) = (h', v + D(h')): look up the correlation at p + v, encode that, update h, read a step of v off it.
+
+    m = motion(v, look-up at p + v); h' = GRU(h, [context, m]); D is the flow head; p are the places of the first map.
+
+    Args:
+        hidden: channels of h and of the context.
+        corr_widths, flow_widths, motion_width: of the motion encoder.
+        head_width: of the flow head.
+        corr_levels, corr_radius: of the look-up.
+        gma: also give the GRU the global motion, for which f takes an attention.
+        all_grad: whether gradients flow through v. If not, v is a constant to f, as in RAFT and in the published
+            training on FlyingChairs: that is a rule of training, not the derivative of f.
+
+    Shape:
+        state (h ``(B, C, h, w)``, v ``(B, 2, h, w)`` in places), context ``(B, C, h, w)``, a pyramid of
+        :func:`~zoo.correlation.correlation_pyramid`, with ``gma`` an attention ``(B, h w, h w)`` -> state.
+    """
+
+    def __init__(
+        self,
+        hidden: int,
+        corr_widths: Sequence[int],
+        flow_widths: Sequence[int],
+        motion_width: int,
+        head_width: int,
+        corr_levels: int,
+        corr_radius: int,
+        gma: bool,
+        all_grad: bool,
+        weight_norm: bool,
+    ) -> None:
+        super().__init__()
+        self.hidden = hidden
+        self.corr_radius = corr_radius
+        self.all_grad = all_grad
+        self.update_block = raft.UpdateBlock(
+            motion_encoder=raft.MotionEncoder(
+                in_channels_corr=corr_levels * (2 * corr_radius + 1) ** 2,
+                corr_layers=(corr_widths[0], corr_widths[1]),
+                flow_layers=(flow_widths[0], flow_widths[1]),
+                out_channels=motion_width,
+            ),
+            recurrent_block=raft.RecurrentBlock(
+                input_size=hidden + motion_width * (2 if gma else 1), hidden_size=hidden
+            ),
+            flow_head=raft.FlowHead(in_channels=hidden, hidden_size=head_width),
+        )
+        self.aggregate = GlobalMotion(motion_width) if gma else None
+        if weight_norm:
+            normalize_weights(self, "weight")
+
+    def forward(
+        self,
+        z: tuple[Tensor, Tensor],
+        context: Tensor,
+        pyramid: tuple[Tensor, ...],
+        attention: Tensor | None = None,
+    ) -> tuple[Tensor, Tensor]:
+        h, v = z
+        if not self.all_grad:
+            v = v.detach()
+        block = self.update_block
+        m = block.motion_encoder(v, look_up(pyramid, pixel_grid(v) + v, self.corr_radius))
+        u = [context, m]
+        if self.aggregate is not None:
+            u.append(self.aggregate(m, attention))
+        h = block.recurrent_block(h, torch.cat(u, dim=1))
+        return h, v + block.flow_head(h)
+
+    def initial_state(self, context: Tensor, *_: Any) -> tuple[Tensor, ...]:
+        """No hidden activity and no motion, in the dtype of the weights also where autocast made the context narrower."""
+        B, _, *size = context.shape
+        dtype = next(self.parameters()).dtype
+        return tuple(context.new_zeros(B, C, *size, dtype=dtype) for C in (self.hidden, 2))
+
+
+class DEQFlow(nn.Module):
+    """Optical flow by an equilibrium: where each pixel of one image is in another.
+
+    Args:
+        hidden: channels of the hidden state, and of the context.
+        feature_width: channels of the features that are correlated.
+        encoder_widths: of both encoders: of the first convolution and of three pairs of residual blocks.
+        corr_widths, flow_widths, motion_width, head_width, corr_levels, corr_radius, gma, all_grad: see
+            :class:`FlowCell`.
+        mask_width: of the predictor of the mask that upsamples the flow.
+        weight_norm: normalise the weights of all convolutions of the cell.
+        padding: where images whose size is no multiple of 8, or is below ``least_size``, are padded, by repeating
+            their border: on all sides (``"both"``, published for Sintel), or at the bottom, left and right
+            (``"bottom"``, published for KITTI).
+        unrolled: apply the cell this many times instead of solving, as RAFT does.
+        recompute: see :func:`~zoo.implicit.fixed_point`; saves memory in training.
+        solver, gradient: see :class:`~zoo.implicit.DEQ`; by default those of the published models:
+            plain iteration to an absolute residual of 1e-3, and one phantom step.
+
+    Shape:
+        two images ``(B, 3, H, W)``, floating in [0, 1] or uint8, of any size -> flow ``(B, 2, H, W)`` in pixels:
+        what is at (x, y) in the first image is at (x + flow[:, 0], y + flow[:, 1]) in the second.
+
+    Raises:
+        ValueError: an argument is not as described.
+
+    Attributes:
+        deq: the equilibrium layer; ``deq.report`` tells of the last solve.
+        multiple: images are padded to multiples of so many pixels.
+        least_size: and to at least so many.
+
+    Example:
+        >>> flow = model(image1, image2)
+        >>> for frame in video:  # each solve starts where the one before ended
+        ...     flow = stream(frame)
+    """
+
+    def __init__(
+        self,
+        hidden: int = 128,
+        feature_width: int = 256,
+        encoder_widths: Sequence[int] = (64, 64, 96, 128),
+        corr_widths: Sequence[int] = (256, 192),
+        flow_widths: Sequence[int] = (128, 64),
+        motion_width: int = 128,
+        head_width: int = 256,
+        mask_width: int = 256,
+        corr_levels: int = 4,
+        corr_radius: int = 4,
+        gma: bool = False,
+        all_grad: bool = True,
+        weight_norm: bool = True,
+        padding: Padding = "both",
+        unrolled: int | None = None,
+        recompute: bool = False,
+        solver: Solver | None = None,
+        gradient: Gradient | None = None,
+    ) -> None:
+        super().__init__()
+        counts = {
+            "hidden": hidden,
+            "feature_width": feature_width,
+            "head_width": head_width,
+            "mask_width": mask_width,
+            "corr_levels": corr_levels,
+            "corr_radius": corr_radius,
+        }
+        for name, value in counts.items():
+            if not is_count(value, 1):
+                raise ValueError(f"DEQFlow({name}=...) takes an integer >= 1; given: {value!r}")
+        if not is_count(motion_width, 3):
+            raise ValueError(
+                f"DEQFlow(motion_width=...) takes an integer >= 3, two channels of which are the flow itself; "
+                f"given: {motion_width!r}"
+            )
+        lists = {
+            "encoder_widths": (encoder_widths, 4),
+            "corr_widths": (corr_widths, 2),
+            "flow_widths": (flow_widths, 2),
+        }
+        for name, (widths, length) in lists.items():
+            if len(widths) != length or not all(is_count(width, 1) for width in widths):
+                raise ValueError(f"DEQFlow({name}=...) takes {length} integers >= 1; given: {widths!r}")
+        if padding not in get_args(Padding):
+            raise ValueError(f"DEQFlow(padding=...) takes one of {', '.join(get_args(Padding))}; given: {padding!r}")
+        self.padding = padding
+        self.corr_levels = corr_levels
+        self.multiple = STRIDE
+        self.least_size = STRIDE << corr_levels
+        encoder = partial(raft.FeatureEncoder, block=raft.ResidualBlock)
+        self.feature_encoder = encoder(layers=(*encoder_widths, feature_width), norm_layer=nn.InstanceNorm2d)
+        self.context_encoder = encoder(layers=(*encoder_widths, hidden), norm_layer=nn.BatchNorm2d)
+        self.attention = ContextAttention(hidden) if gma else None
+        cell = FlowCell(
+            hidden=hidden,
+            corr_widths=corr_widths,
+            flow_widths=flow_widths,
+            motion_width=motion_width,
+            head_width=head_width,
+            corr_levels=corr_levels,
+            corr_radius=corr_radius,
+            gma=gma,
+            all_grad=all_grad,
+            weight_norm=weight_norm,
+        )
+        self.deq = DEQ(
+            cell,
+            solver=FixedPointIteration(tol=1e-3, norm="absolute", max_steps=60) if solver is None else solver,
+            gradient=PhantomGradient(steps=1, advance=True) if gradient is None else gradient,
+            unrolled=unrolled,
+            recompute=recompute,
+        )
+        self.mask_predictor = raft.MaskPredictor(in_channels=hidden, hidden_size=mask_width)
+
+    @overload
+    def forward(self, image1: Tensor, image2: Tensor, trajectory: None = None) -> Tensor: ...
+    @overload
+    def forward(self, image1: Tensor, image2: Tensor, trajectory: Trajectory | Sequence[int]) -> list[Tensor]: ...
+    def forward(
+        self, image1: Tensor, image2: Tensor, trajectory: Trajectory | Sequence[int] | None = None
+    ) -> Tensor | list[Tensor]:
+        """The flow from ``image1`` to ``image2``; with ``trajectory`` also before, in a list: its states, z* last.
+
+        Raises:
+            InputError: the images are not as described; see the class.
+        """
+        self.check_images(image1, image2)
+        size = image1.shape[2:]
+        F1, F2 = self.features(torch.cat([image1, image2])).chunk(2)
+        inputs = self.injection(F1, F2, self.context(image1))
+        if trajectory is None:
+            z, _ = self.deq(*inputs)
+            return self.upsampled(FlowState(*z), size)
+        z, _, states = self.deq(*inputs, trajectory=trajectory)
+        return [self.upsampled(FlowState(*state), size) for state in (*states, z)]
+
+    def estimate(self, image1: Tensor, image2: Tensor, start: FlowState | None = None) -> tuple[Tensor, FlowState]:
+        """The flow, and the equilibrium that it was read off: a ``start`` for what is alike.
+
+        Raises:
+            InputError: the images, or the start, are not as described; see the class.
+        """
+        self.check_images(image1, image2)
+        F1, F2 = self.features(torch.cat([image1, image2])).chunk(2)
+        state = self.solved(F1, F2, self.context(image1), start)
+        return self.upsampled(state, image1.shape[2:]), state
+
+    def stream(self, warm_start: bool = True) -> FlowStream:
+        """Takes the frames of a video one by one: see :class:`FlowStream`."""
+        return FlowStream(self, warm_start)
+
+    def video(self, frames: Tensor, warm_start: bool = True) -> Tensor:
+        """The flow from each frame to the next: ``(B, T, 3, H, W)`` -> ``(B, T - 1, 2, H, W)``, T >= 2.
+
+        Raises:
+            InputError: there are fewer than two frames, or they are not as described; see the class.
+        """
+        if frames.dim() != 5 or frames.shape[1] < 2:
+            raise InputError(
+                f"video() takes frames (B, T, 3, H, W) with T >= 2; given: shape {tuple(frames.shape)}. "
+                "Of one video (T, 3, H, W), give frames.unsqueeze(0)"
+            )
+        stream = self.stream(warm_start)
+        flows = [stream(frame) for frame in frames.unbind(dim=1)]
+        return torch.stack([flow for flow in flows if flow is not None], dim=1)
+
+    # --- the parts, for streams and for those who want to look inside
+
+    def features(self, image: Tensor) -> Tensor:
+        """What is correlated: ``(B, 3, H, W)`` -> ``(B, D, h, w)`` of the padded image."""
+        features: Tensor = self.feature_encoder(self._prepared(image))
+        return features
+
+    def context(self, image: Tensor) -> Tensor:
+        """What the cell is told of the first image: ``(B, 3, H, W)`` -> ``(B, C, h, w)`` of the padded image."""
+        context: Tensor = self.context_encoder(self._prepared(image)).relu()
+        return context
+
+    def injection(self, F1: Tensor, F2: Tensor, context: Tensor) -> tuple[Any, ...]:
+        """The inputs of the cell."""
+        pyramid = correlation_pyramid(F1, F2, self.corr_levels)
+        return (context, pyramid) if self.attention is None else (context, pyramid, self.attention(context))
+
+    def solved(self, F1: Tensor, F2: Tensor, context: Tensor, start: FlowState | None = None) -> FlowState:
+        """The equilibrium of two feature maps and a context, from ``start`` or from rest.
+
+        Raises:
+            InputError: the start has other shapes than the state.
+        """
+        inputs = self.injection(F1, F2, context)
+        if start is not None:
+            wanted = [tuple(x.shape) for x in self.deq.cell.initial_state(*inputs)]  # type: ignore[operator]
+            given = [tuple(getattr(x, "shape", ())) for x in start]
+            if given != wanted:
+                raise InputError(
+                    f"a start is a FlowState of images of the same size: h {wanted[0]} and flow {wanted[1]}; given: "
+                    f"{' and '.join(map(str, given))}. Give start=None where another video begins"
+                )
+        z, _ = self.deq(*inputs, z0=None if start is None else tuple(start))
+        return FlowState(*z)
+
+    def upsampled(self, state: FlowState, size: Sequence[int]) -> Tensor:
+        """The flow at the size (H, W) of the images, in pixels: each a convex combination of nine places' motions."""
+        flow: Tensor = raft.upsample_flow(state.flow, self.mask_predictor(state.h))
+        left, _, top, _ = self._pads(size)
+        H, W = size
+        return flow[:, :, top : top + H, left : left + W]
+
+    def check_images(self, image1: Tensor, image2: Tensor) -> None:
+        """Raise InputError unless these are two images, as the class takes them."""
+        name = type(self).__name__
+        for image in (image1, image2):
+            if not isinstance(image, Tensor) or image.dim() != 4 or image.shape[1] != 3:
+                given = f"shape {tuple(image.shape)}" if isinstance(image, Tensor) else type(image).__name__
+                raise InputError(
+                    f"{name} takes images (B, 3, H, W); given: {given}. Of one image (3, H, W), give "
+                    "image.unsqueeze(0); of grey ones (B, 1, H, W), image.expand(-1, 3, -1, -1)"
+                )
+            if not (image.is_floating_point() or image.dtype == torch.uint8):
+                raise InputError(f"{name} takes floating images in [0, 1], or uint8 ones; given: {image.dtype}")
+            if 0 in image.shape[2:]:
+                raise InputError(f"{name} takes images of at least one pixel; given: shape {tuple(image.shape)}")
+            if image.is_floating_point() and image.numel() and image.amax() > 2:
+                raise InputError(
+                    f"{name} takes floating images in [0, 1]; given: values up to {float(image.amax()):.4g}. "
+                    "Use image / 255, or uint8"
+                )
+        if image1.shape != image2.shape or image1.dtype != image2.dtype:
+            raise InputError(
+                f"{name} takes two images of the same shape and dtype; given: {tuple(image1.shape)} of {image1.dtype} "
+                f"and {tuple(image2.shape)} of {image2.dtype}"
+            )
+
+    def _prepared(self, image: Tensor) -> Tensor:
+        """2 I - 1, padded."""
+        if image.dtype == torch.uint8:
+            image = image.to(next(self.parameters()).dtype) / 255
+        return F.pad(2 * image - 1, self._pads(image.shape[2:]), mode="replicate")
+
+    def _pads(self, size: Sequence[int]) -> tuple[int, int, int, int]:
+        """Pixels to add left, right, above and below."""
+        more_h, more_w = (max(self.least_size, side + -side % self.multiple) - side for side in size)
+        above = more_h // 2 if self.padding == "both" else 0
+        return more_w // 2, more_w - more_w // 2, above, more_h - above
+
+
+SIZES: dict[str, dict[str, Any]] = {
+    "deq_flow": {},
+    "deq_flow_nano": {  # for images of about a hundred pixels
+        "hidden": 48, "feature_width": 64, "encoder_widths": (16, 16, 32, 48), "corr_widths": (64, 48),
+        "flow_widths": (32, 16), "motion_width": 48, "head_width": 64, "mask_width": 64, "corr_levels": 2,
+        "corr_radius": 3,
+    },
+    "deq_flow_tiny": {
+        "hidden": 32, "feature_width": 64, "corr_widths": (64, 48), "flow_widths": (32, 16), "motion_width": 32,
+        "head_width": 64,
+    },
+    "deq_flow_base": {},
+    "deq_flow_large": {
+        "hidden": 192, "corr_widths": (384, 288), "flow_widths": (192, 96), "motion_width": 192, "head_width": 384
+    },
+    "deq_flow_huge": {
+        "hidden": 256, "corr_widths": (512, 384), "flow_widths": (256, 128), "motion_width": 256, "head_width": 512
+    },
+    "deq_flow_gigantic": {
+        "hidden": 384, "corr_widths": (640, 480), "flow_widths": (320, 160), "motion_width": 320, "head_width": 640
+    },
+}  # fmt: skip
+"""The published sizes are those of version 2; version 1 has a ``head_width`` of 256 throughout."""
+for _name, _preset in SIZES.items():
+    register_model(_name, DEQFlow, **_preset)
