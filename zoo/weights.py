@@ -18,11 +18,14 @@ from typing import Any
 
 import safetensors
 import safetensors.torch
-from torch import nn
+import torch
+from torch import Tensor, nn
+from torchvision.models.optical_flow import Raft_Large_Weights
 
 from .implicit.choices import nearest
 from .registry import ModelSpec, create_model, spec_of
 
+_TORCHVISION = "torchvision:"
 _SPEC = "deq_zoo"  # the one key of the header: safetensors writes several in any order, and files could not be compared
 
 
@@ -89,14 +92,19 @@ def load_pretrained(name: str, **overrides: Any) -> nn.Module:
     """The model ``name``, with its trained weights, in eval mode and on the CPU.
 
     Args:
-        name: one of ``list_weights()``, like ``"tanh_deq.digits"``.
+        name: one of ``list_weights()``, like ``"tanh_deq.digits"``; or ``"torchvision:Raft_Large_Weights.C_T_V2"``,
+            torchvision's weights of RAFT as the start of a DEQ-Flow, as :func:`zoo.load_original` makes it of them.
+            They are downloaded once, into ``torch.hub.get_dir()/checkpoints``.
         overrides: arguments of the model to change. ``solver`` and ``gradient`` can be anything; another
             ``num_classes`` leaves the classifier at random, with a :class:`ReinitializedWarning` that lists what.
 
     Raises:
         ValueError: unknown name or argument.
-        WeightsError: the file is missing, does not have the recorded sha256, or does not fit the model.
+        WeightsError: the file is missing, cannot be downloaded, does not have the recorded sha256, or does not fit the
+            model.
     """
+    if name.startswith(_TORCHVISION):
+        return _from_torchvision(name, overrides)
     records = _records()
     if name not in records:
         raise ValueError(f"unknown weights {name!r}.{nearest(name, sorted(records))}")
@@ -179,6 +187,35 @@ def markdown_table() -> str:
 def sha256_of(data: bytes) -> str:
     """The hexadecimal sha256 digest."""
     return hashlib.sha256(data).hexdigest()
+
+
+def _from_torchvision(name: str, overrides: dict[str, Any]) -> nn.Module:
+    """A DEQ-Flow with torchvision's weights of RAFT: see :func:`load_pretrained`."""
+    from .originals import flow  # which needs this file
+
+    known = {f"{_TORCHVISION}Raft_Large_Weights.{key}": entry for key, entry in Raft_Large_Weights.__members__.items()}
+    if name not in known:
+        if "small" in name.lower():
+            raise ValueError(
+                f"{name} are of raft_small, whose layers are others than DEQ-Flow's. Known: {', '.join(known)}."
+            )
+        raise ValueError(f"unknown weights {name!r}.{nearest(name, list(known))}")
+    weights = known[name]
+    path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
+    wanted = path.stem.rpartition("-")[2]  # the digest begins so
+    if path.exists() and not sha256_of(path.read_bytes()).startswith(wanted):
+        raise WeightsError(
+            f"{path} is damaged or was replaced: its sha256 does not begin with {wanted}; nothing was loaded. Delete it"
+        )
+    try:
+        state: dict[str, Tensor] = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
+    except OSError as error:
+        raise WeightsError(
+            f"{weights.url} cannot be fetched ({error}). Fetch it where there is a network, and put it at {path}"
+        ) from None
+    except RuntimeError as error:  # another digest
+        raise WeightsError(f"{weights.url} was damaged on its way, and nothing was loaded: {error}") from None
+    return flow.load(state, name, overrides)
 
 
 @cache

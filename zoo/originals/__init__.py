@@ -15,7 +15,10 @@ from torch import Tensor, nn
 
 from zoo.weights import WeightsError
 
-from . import mdeq, transformer
+from . import flow, mdeq, transformer
+from .common import UnusedWeightsWarning
+
+__all__ = ["UnusedWeightsWarning", "load_original"]
 
 
 class _Family(NamedTuple):
@@ -26,6 +29,7 @@ class _Family(NamedTuple):
 _FAMILIES = {
     "MDEQ": _Family(mdeq.MARKS, mdeq.load),
     "DEQ transformer": _Family(transformer.MARKS, transformer.load),
+    "DEQ-Flow": _Family(flow.MARKS, flow.load),
 }
 _WRAPPERS = re.compile(r"^(?:(?:module|model)\.)+")  # of DataParallel, and of a model with its loss
 _OWN = "deq.cell."  # how keys of the zoo's own models begin
@@ -36,10 +40,10 @@ def load_original(source: str | os.PathLike[str] | Mapping[str, Any], **override
 
     Family and sizes are read off the checkpoint's keys and shapes, and every weight is taken from it: what it lacks,
     what it has besides, and what has another shape is an error. Known are the formats of MDEQ (locuslab/mdeq,
-    locuslab/deq MDEQ-Vision and torchdeq) and of the DEQ transformer (locuslab/deq DEQ-Sequence, before and since 2021,
-    and torchdeq's deq-seq and deq-lm): the state dict by itself or under the key ``"state_dict"`` of a training
-    checkpoint, with or without the prefixes ``module.`` and ``model.``, with or without the copies of the cell that
-    older code stored.
+    locuslab/deq MDEQ-Vision and torchdeq), of the DEQ transformer (locuslab/deq DEQ-Sequence, before and since 2021,
+    and torchdeq's deq-seq and deq-lm) and of DEQ-Flow (locuslab/deq-flow, versions 1 and 2, and torchdeq): the state
+    dict by itself or under the key ``"state_dict"`` of a training checkpoint, with or without the prefixes ``module.``
+    and ``model.``, with or without the copies of the cell that older code stored.
 
     What no shape tells is that of the registered model that has these sizes, which then is the model's name. Other
     sizes are a generic model, with that model's defaults.
@@ -52,6 +56,15 @@ def load_original(source: str | os.PathLike[str] | Mapping[str, Any], **override
     Not in the checkpoint of a DEQ transformer are the vocabulary, ``memory_length``, ``attention_span``, the dropouts,
     and whether it is post-LN or pre-LN: it is taken for post-LN unless ``norm="pre"`` is given. The generic one is
     ``"deq_transformer"``. Weights that the published code ties are one here, and have to be equal in the checkpoint.
+
+    Not in a DEQ-Flow checkpoint are ``padding`` and ``all_grad``; the values of a look-up are taken for those of 4
+    levels where they can be. Registered sizes count whatever their ``head_width`` (version 1 has it narrower),
+    ``mask_width`` and ``gma``. The generic one is ``"deq_flow"``. Any convolution may be stored with weight
+    normalisation or without; ``weight_norm=False`` multiplies it out.
+
+    RAFT (torchvision's raft_large, or princeton-vl/RAFT) is loaded as a DEQ-Flow to fine-tune: its cell is the same,
+    and is put into the form with weight normalisation. What DEQ-Flow has no place for is told by an
+    :class:`UnusedWeightsWarning`; raft_small is refused, since it has other layers.
 
     Args:
         source: a file, read by ``torch.load(weights_only=True)``, or as safetensors where its name ends so; or what

@@ -15,6 +15,10 @@ from zoo.registry import create_model
 from zoo.weights import WeightsError
 
 
+class UnusedWeightsWarning(UserWarning):
+    """A checkpoint of another model was taken as a start, and the model has no place for a part of it."""
+
+
 @dataclass(frozen=True)
 class Checkpoint:
     """A state dict on its way into a model of the zoo.
