@@ -4,6 +4,7 @@ from .base import EquilibriumModule
 from .callbacks import InterruptCheckpoint, PredictionWriter, run_dir
 from .image_classifier import ImageClassifier
 from .language_model import LanguageModel
+from .optical_flow import OpticalFlow
 from .semantic_segmenter import SemanticSegmenter
 
 __all__ = [
@@ -11,6 +12,7 @@ __all__ = [
     "ImageClassifier",
     "InterruptCheckpoint",
     "LanguageModel",
+    "OpticalFlow",
     "PredictionWriter",
     "SemanticSegmenter",
     "run_dir",

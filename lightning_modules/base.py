@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any, Literal
@@ -20,7 +20,8 @@ from zoo.implicit import DEQ, Gradient, Solver, jacobian_penalty, one_draw, spec
 from zoo.implicit.solvers.base import is_count
 from zoo.registry import plain
 
-from .optimizers import Cosine, WarmUp, make_optimizer
+from .optimizers import Cosine, OneCycle, WarmUp, make_optimizer
+from .starting_weights import load_weights
 
 OBSERVED = 4
 """Samples of a batch whose spectral radius is looked at: each costs 20 vectors of the size of its state."""
@@ -46,6 +47,9 @@ class EquilibriumModule(pl.LightningModule):
         pretrained: start from these weights, a name of ``zoo.list_weights()``; ``model`` must be theirs.
         backbone: start stem and equilibrium from those of another model, the head at random: a name of
             ``zoo.list_weights()``, or a file that ``zoo.load_original`` reads.
+        weights_from: start from all weights of this file, with a new optimizer, as one stage of training goes on from
+            another: a checkpoint of a run, a ``.safetensors`` file of the zoo, or a file that ``zoo.load_original``
+            reads.
         solver: how the equilibrium is solved, like ``Anderson``; the model's own choice if not given. An object, its
             plain description, or a name.
         gradient: how the equilibrium is differentiated, like ``ImplicitGradient``; likewise.
@@ -64,13 +68,18 @@ class EquilibriumModule(pl.LightningModule):
         optimizer_args: its arguments besides lr and weight_decay, like ``{momentum: 0.9, nesterov: true}``.
         lr: peak learning rate.
         weight_decay: the optimizer's own kind of it.
-        schedule: of the learning rate over the whole run, per step: ``cosine`` down to min_lr, or ``constant``.
+        schedule: of the learning rate over the whole run, per step: ``cosine`` down to min_lr, ``one_cycle`` from
+            lr / 25 up to lr and down to next to nothing, or ``constant``.
         min_lr: where ``cosine`` ends.
         warmup_steps: steps at the beginning of the run in which the learning rate rises linearly from 0 towards lr; the
-            schedule, which counts them too, takes over after them.
+            schedule, which counts them too, takes over after them. ``one_cycle`` has a rise of its own.
+        warmup_fraction: the fraction of the run in which the learning rate of ``one_cycle`` rises.
+        schedule_margin: ``one_cycle`` ends so many steps after the run; 100 in the published training of RAFT and of
+            DEQ flow.
 
     Raises:
         ValueError: an unknown name, or an argument out of its range.
+        CheckpointError, WeightsError: ``weights_from`` cannot be read, or has other weights than the model.
     """
 
     def __init__(
@@ -79,6 +88,7 @@ class EquilibriumModule(pl.LightningModule):
         model_args: Mapping[str, Any] | None = None,
         pretrained: str | None = None,
         backbone: str | None = None,
+        weights_from: str | None = None,
         solver: Solver | None = None,
         gradient: Gradient | None = None,
         pretrain_steps: int = 0,
@@ -95,9 +105,11 @@ class EquilibriumModule(pl.LightningModule):
         optimizer_args: dict[str, Any] | None = None,
         lr: float = 1e-3,
         weight_decay: float = 0.0,
-        schedule: Literal["cosine", "constant"] = "cosine",
+        schedule: Literal["cosine", "one_cycle", "constant"] = "cosine",
         min_lr: float = 0.0,
         warmup_steps: int = 0,
+        warmup_fraction: float = 0.05,
+        schedule_margin: int = 0,
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
@@ -132,16 +144,31 @@ class EquilibriumModule(pl.LightningModule):
             *(pretrain_steps, pretrain_depth),
         )
         _require(lr >= 0 and weight_decay >= 0, "lr and weight_decay take numbers >= 0", lr, weight_decay)
-        _require(schedule in ("cosine", "constant"), "schedule takes 'cosine' or 'constant'", schedule)
+        schedules = ("cosine", "one_cycle", "constant")
+        _require(schedule in schedules, "schedule takes 'cosine', 'one_cycle' or 'constant'", schedule)
         _require(0 <= min_lr <= lr, "min_lr takes a number from 0 to lr", min_lr, lr)
         _require(is_count(warmup_steps, 0), "warmup_steps takes an integer >= 0", warmup_steps)
+        _require(
+            schedule != "one_cycle" or (warmup_steps == 0 and min_lr == 0),
+            "schedule='one_cycle' rises and ends by itself, and takes warmup_steps=0 and min_lr=0",
+            *(warmup_steps, min_lr),
+        )
+        _require(0 <= warmup_fraction < 1, "warmup_fraction takes a number in [0, 1)", warmup_fraction)
+        _require(is_count(schedule_margin, 0), "schedule_margin takes an integer >= 0", schedule_margin)
         arguments = dict(model_args or {})
         choices = {"solver": solver, "gradient": gradient}
         arguments.update({key: value for key, value in choices.items() if value is not None})
         _require(pretrained is None or backbone is None, "give pretrained or backbone, not both", pretrained, backbone)
+        _require(
+            weights_from is None or (pretrained is None and backbone is None),
+            "weights_from has all weights: give it without pretrained and backbone",
+            *(weights_from, pretrained, backbone),
+        )
         self.model = _make_model(model, pretrained, arguments)
         if backbone is not None:
             zoo.load_backbone(self.model, backbone)
+        if weights_from is not None:
+            load_weights(self.model, weights_from)
         _require(
             bool(self.equilibria()) or not any((pretrain_steps, jacobian_weight, jacobian_growth)),
             f"pretrain_steps, jacobian_weight and jacobian_growth take 0 for {model!r}, which has no equilibrium layer",
@@ -164,6 +191,8 @@ class EquilibriumModule(pl.LightningModule):
         self.schedule = schedule
         self.min_lr = min_lr
         self.warmup_steps = warmup_steps
+        self.warmup_fraction = warmup_fraction
+        self.schedule_margin = schedule_margin
         self._make_optimizer()  # what it refuses is said now
         self.save_plain_hyperparameters(**given)
 
@@ -195,8 +224,9 @@ class EquilibriumModule(pl.LightningModule):
         checkpoint["deq_zoo_classes"] = classes
         hyper_parameters = checkpoint.get("hyper_parameters", {})
         # All weights are in the checkpoint: it says what the model is, and no longer needs what it started from.
-        if hyper_parameters.get("backbone") is not None:
-            hyper_parameters["backbone"] = None
+        for name in ("backbone", "weights_from"):
+            if hyper_parameters.get(name) is not None:
+                hyper_parameters[name] = None
         if hyper_parameters.get("pretrained") is not None:
             made_of = dict(zoo.spec_of(self.model).arguments)
             choices = {key: made_of.pop(key, None) for key in ("solver", "gradient")}
@@ -272,16 +302,22 @@ class EquilibriumModule(pl.LightningModule):
         low, high = (-k, max(0, k - 1)) if isinstance(k, int) else k
         return wanted, int(torch.randint(low, high + 1, (), generator=draws))
 
-    def regularized(self, stage: str, *inputs: Any) -> tuple[Any, Tensor]:
+    def regularized(self, stage: str, *inputs: Any, forward: Callable[..., Any] | None = None) -> tuple[Any, Tensor]:
         """The model's output for these inputs, and the Jacobian term of the loss: 0 where it is not asked for.
 
         In training the cell is unrolled while the run is in its first ``pretrain_steps`` steps.
 
+        Args:
+            stage: ``"train"``, ``"val"`` or ``"test"``.
+            inputs: of the model.
+            forward: what is called with them, within the settings of this step; the model itself if not given.
+
         Returns:
             the output and a scalar.
         """
+        model = self.model if forward is None else forward
         if stage != "train":
-            return self.model(*inputs), torch.zeros((), device=self.device)
+            return model(*inputs), torch.zeros((), device=self.device)
         step = self.global_step
         unrolled = self.pretrain_depth if step < self.pretrain_steps else None
         if self.pretrain_steps > 0:
@@ -290,10 +326,10 @@ class EquilibriumModule(pl.LightningModule):
         wanted, jitter = self.jacobian_draw_at(step)
         if weight == 0 or not wanted:
             with self._solving(unrolled):
-                return self.model(*inputs), torch.zeros((), device=self.device)
+                return model(*inputs), torch.zeros((), device=self.device)
         # The penalty is taken under the dropout masks of the solve.
         with one_draw(), self._solving(unrolled, jitter), self._calls_recorded() as calls:
-            output = self.model(*inputs)
+            output = model(*inputs)
             penalties = [jacobian_penalty(deq.cell, z, *x, probes=self.jacobian_probes) for deq, x, z in calls]
         penalty = torch.stack([values.mean() for values in penalties]).sum()
         self.log("train/jacobian", penalty.detach())
@@ -314,16 +350,17 @@ class EquilibriumModule(pl.LightningModule):
 
     # --- diagnostics
 
-    def observed(self, stage: str, batch_index: int, *inputs: Any) -> Any:
-        """The model's output for these inputs.
+    def observed(self, stage: str, batch_index: int, *inputs: Any, forward: Callable[..., Any] | None = None) -> Any:
+        """The model's output for these inputs; see :meth:`regularized`.
 
         At the first batch of a stage the spectral radius of df/dz at z* is logged, as the mean over its first few
         samples and over the calls of a layer: below 1 plain iteration converges.
         """
+        model = self.model if forward is None else forward
         if batch_index > 0:
-            return self.model(*inputs)
+            return model(*inputs)
         with self._calls_recorded() as calls:
-            output = self.model(*inputs)
+            output = model(*inputs)
         for name, layer in self.equilibria().items():
             start = torch.Generator().manual_seed(0)  # leaves the global stream alone
             some = [(deq.cell, *_first_rows(z, x)) for deq, x, z in calls if deq is layer]
@@ -359,10 +396,13 @@ class EquilibriumModule(pl.LightningModule):
         steps = self.trainer.estimated_stepping_batches
         if math.isinf(steps):
             raise MisconfigurationException(
-                "schedule=cosine takes the length of the run: give the trainer max_epochs or max_steps, or take "
-                "schedule=constant (--model.schedule constant)"
+                f"schedule={self.schedule} takes the length of the run: give the trainer max_epochs or max_steps, or "
+                "take schedule=constant (--model.schedule constant)"
             )
-        return self._scheduled(optimizer, Cosine(optimizer, max(1, int(steps)), self.min_lr, self.warmup_steps))
+        steps = max(1, int(steps))
+        if self.schedule == "one_cycle":
+            return self._scheduled(optimizer, OneCycle(optimizer, steps + self.schedule_margin, self.warmup_fraction))
+        return self._scheduled(optimizer, Cosine(optimizer, steps, self.min_lr, self.warmup_steps))
 
     @staticmethod
     def _scheduled(optimizer: torch.optim.Optimizer, schedule: WarmUp) -> dict[str, Any]:

@@ -109,3 +109,27 @@ class Cosine(WarmUp):
 
     def rate(self, lr: float | Tensor, t: int) -> float | Tensor:
         return self.min_lr + (lr - self.min_lr) * (1 + math.cos(math.pi * min(t / self.steps, 1))) / 2
+
+
+class OneCycle(WarmUp):
+    """The learning rate's way linearly from lr / 25 up to lr, and linearly down to lr / 250,000, where it stays.
+
+    Smith and Topin, "Super-Convergence" (2019), as ``torch.optim.lr_scheduler.OneCycleLR(anneal_strategy="linear",
+    cycle_momentum=False)`` has it: of the steps t from 0 to T - 1 the peak is at ``fraction`` T - 1.
+
+    Args:
+        optimizer: whose learning rate it sets.
+        steps: T.
+        fraction: of them in which it rises, in [0, 1).
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, steps: int, fraction: float) -> None:
+        self.steps = steps
+        self.fraction = fraction
+        super().__init__(optimizer)
+
+    def rate(self, lr: float | Tensor, t: int) -> float | Tensor:
+        start, peak, last = lr / 25, self.fraction * self.steps - 1, self.steps - 1
+        if t < peak:
+            return start + (lr - start) * (t / peak)
+        return lr + (start / 10_000 - lr) * ((min(t, last) - peak) / (last - peak))

@@ -1,0 +1,307 @@
+"""Optical flow: where each pixel of one image is in the next."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from typing import Any, cast
+
+import torch
+from torch import Tensor
+from torch.nn.modules.batchnorm import _BatchNorm
+
+import zoo
+from zoo import InputError
+from zoo.flow import DEQFlow
+from zoo.implicit import PhantomGradient, SolverReport, Trajectory
+from zoo.implicit.solvers.base import is_count
+from zoo.implicit.trajectory import fixed_point_correction
+from zoo.video import FlowStream
+
+from .base import EquilibriumModule
+from .flow_files import comparison
+from .flow_metrics import FlowErrors
+from .pictures import log_picture
+
+Batch = Sequence[Tensor]
+Pair = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+
+
+class OpticalFlow(EquilibriumModule):
+    """Optical flow with an equilibrium model: the fixed-point correction loss, and the published measures.
+
+    The training loss is sum_k gamma^(n - 1 - k) mean(valid |flow_k - target|), over n states of the solve, the last of
+    which is z* (Bai, Geng, Savani and Kolter, CVPR 2022, section 3.3). The mean is over both channels and all pixels,
+    those too that are not valid, as published. Where the cell is unrolled the states are those after each application,
+    or after n of them, as in RAFT (Teed and Deng, ECCV 2020). In validation and testing the loss is the term of z*.
+
+    Logs ``{train,val,test}/loss`` and, of an epoch, the measures of :class:`FlowErrors`, ``/epe``, ``/1px``, ``/3px``,
+    ``/f1_all``, ``/epe_per_image``, ``/epe_zero`` and where the data tell it ``/epe_visible`` and ``/epe_occluded``,
+    beside the solver's statistics. The first samples of each validation are drawn: see :func:`log_picture`.
+
+    Sequences are validated and tested as videos, frame by frame, and the solver's statistics are those of a frame.
+    Prediction of data that say that they are in order, by an attribute ``in_order``, in batches of one pair, does so
+    as well, as long as each pair begins with the image with which the one before ended.
+
+    Args:
+        model: a name of ``zoo.list_models("deq_flow*")``.
+        model_args: the model's arguments, plain numbers and words.
+        gamma: see above; in [0, 1].
+        losses: n, at least 1. The states are ``max_steps // n`` updates apart, but for z*, which comes last.
+        sliced: cut the solve at these states, as published: see :class:`~zoo.implicit.Trajectory`.
+        max_flow: pixels that move by as many pixels, or by more, are not valid in the loss.
+        freeze_batch_norm: leave the statistics of batch norms as they are, and normalise by them in training too.
+        warm_start: in a video, start each solve where the one before ended.
+        options: see :class:`EquilibriumModule`.
+
+    Shape:
+        batches are ``(image1, image2, flow, valid)`` or ``(image1, image2, flow, valid, occluded)``: images
+        ``(B, 3, H, W)`` in [0, 1], flow ``(B, 2, H, W)`` in pixels, valid and occluded bool ``(B, H, W)``. Sequences
+        are ``(frames (B, T, 3, H, W), flow (B, T-1, 2, H, W), valid (B, T-1, H, W), occluded (B, T-1, H, W))``.
+
+    Raises:
+        ValueError: an argument is not as described.
+    """
+
+    def __init__(
+        self,
+        model: str = "deq_flow_nano",
+        model_args: dict[str, Any] | None = None,
+        gamma: float = 0.8,
+        losses: int = 6,
+        sliced: bool = True,
+        max_flow: float = 400.0,
+        freeze_batch_norm: bool = False,
+        warm_start: bool = True,
+        **options: Any,
+    ) -> None:
+        if not 0 <= gamma <= 1:
+            raise ValueError(f"gamma takes a number in [0, 1]; given: {gamma!r}")
+        if not is_count(losses, 1):
+            raise ValueError(f"losses takes an integer >= 1; given: {losses!r}")
+        if not max_flow > 0:
+            raise ValueError(f"max_flow takes a number > 0; given: {max_flow!r}")
+        known = zoo.list_models(kind=DEQFlow)
+        if model in zoo.list_models() and model not in known:
+            raise ValueError(f"{model!r} is no model of optical flow; these are: {', '.join(known)}")
+        super().__init__(model=model, model_args=model_args, **options)
+        self.save_plain_hyperparameters(
+            gamma=gamma,
+            losses=losses,
+            sliced=sliced,
+            max_flow=max_flow,
+            freeze_batch_norm=freeze_batch_norm,
+            warm_start=warm_start,
+        )
+        if sliced and losses > 1 and self._flow_model.deq.gradient.through_solver:
+            raise ValueError(
+                "sliced=True cuts the solve, and an unrolled gradient would know the last slice only: take another "
+                f"gradient than {self._flow_model.deq.gradient}, or sliced=False"
+            )
+        self.gamma = gamma
+        self.losses = losses
+        self.sliced = sliced
+        self.max_flow = max_flow
+        self.freeze_batch_norm = freeze_batch_norm
+        self.warm_start = warm_start
+        self.train_errors, self.val_errors, self.test_errors = FlowErrors(), FlowErrors(), FlowErrors()
+        self._stream: FlowStream | None = None
+        self._last_frame: Tensor | None = None
+
+    def forward(self, image1: Tensor, image2: Tensor) -> Tensor:
+        """Two images ``(B, 3, H, W)`` in [0, 1] -> flow ``(B, 2, H, W)`` in pixels."""
+        flow: Tensor = self.model(image1, image2)
+        return flow
+
+    # --- training
+
+    def training_step(self, batch: Batch, batch_index: int) -> Tensor:
+        """The fixed-point correction loss plus the Jacobian term."""
+        if batch[0].dim() == 5:
+            raise InputError(
+                "OpticalFlow is trained on pairs of images, and was given sequences, frames of shape "
+                f"{tuple(batch[0].shape)}: give it pairs (--data.frames 2)"
+            )
+        image1, image2, target, valid, occluded = self._pair(batch)
+        self._freeze()
+        flows, jacobian_term = self.regularized("train", image1, image2, forward=self._states)
+        loss = fixed_point_correction(lambda flow: self._distance(flow, target, valid), flows, gamma=self.gamma)
+        self.train_errors.update(flows[-1], target, valid, occluded)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(image1))
+        return loss + jacobian_term
+
+    def _states(self, image1: Tensor, image2: Tensor) -> list[Tensor]:
+        """The flows of the states that are in the loss, that of z* last."""
+        deq = self._flow_model.deq
+        steps = deq.solver.max_steps if deq.unrolled is None else deq.unrolled
+        apart = max(1, steps // self.losses)
+        before = [apart * k for k in range(1, self.losses) if apart * k < steps]
+        if not before:
+            return [self(image1, image2)]
+        gradient = PhantomGradient() if deq.gradient.through_solver else deq.gradient
+        trajectory = Trajectory(before, gradient, sliced=self.sliced and deq.unrolled is None)
+        return cast(list[Tensor], self._flow_model(image1, image2, trajectory=trajectory))
+
+    def _distance(self, flow: Tensor, target: Tensor, valid: Tensor) -> Tensor:
+        """mean(valid |flow - target|), over both channels and all pixels."""
+        counts = valid & (target.square().sum(dim=1) < self.max_flow**2)
+        return (flow - target).abs().where(counts.unsqueeze(1), 0).mean()
+
+    def train(self, mode: bool = True) -> OpticalFlow:
+        """As always, but for batch norms that are frozen."""
+        super().train(mode)
+        self._freeze()
+        return self
+
+    def _freeze(self) -> None:
+        if self.freeze_batch_norm:
+            for layer in self.modules():
+                if isinstance(layer, _BatchNorm):
+                    layer.eval()
+
+    # --- evaluation
+
+    def validation_step(self, batch: Batch, batch_index: int) -> None:
+        """Loss and measures; the first batch is drawn."""
+        self._evaluate("val", self.val_errors, batch, batch_index)
+
+    def test_step(self, batch: Batch, batch_index: int) -> None:
+        """Loss and measures."""
+        self._evaluate("test", self.test_errors, batch, batch_index)
+
+    def predict_step(self, batch: Batch, batch_index: int) -> dict[str, Tensor]:
+        """The flow from the first to the second image, ``(B, 2, H, W)``."""
+        if batch[0].dim() == 5:
+            raise InputError(
+                "OpticalFlow predicts of pairs of images, and was given sequences, frames of shape "
+                f"{tuple(batch[0].shape)}: give it pairs (--data.frames 2)"
+            )
+        image1, image2 = batch[:2]
+        in_order = getattr(getattr(self.trainer, "datamodule", None), "in_order", False)
+        if not (in_order and self.warm_start and len(image1) == 1):
+            return {"flow": self(image1, image2)}
+        if self._stream is None or self._last_frame is None or not torch.equal(self._last_frame, image1):
+            self._stream = self._flow_model.stream()
+            self._stream(image1)
+        flow, self._last_frame = self._stream(image2), image2
+        return {"flow": cast(Tensor, flow)}
+
+    def on_predict_end(self) -> None:
+        """Forget the video."""
+        self._stream = self._last_frame = None
+
+    def _evaluate(self, stage: str, errors: FlowErrors, batch: Batch, batch_index: int) -> None:
+        if batch[0].dim() == 5:
+            frames, *rest = batch
+            B, T, _, *size = frames.shape
+            target, valid, occluded = self._targets((B, T - 1), size, rest)
+            flow = self.observed(stage, batch_index, frames, forward=self._video).flatten(0, 1)
+            target, valid = target.flatten(0, 1), valid.flatten(0, 1)
+            occluded = None if occluded is None else occluded.flatten(0, 1)
+            image = frames[:, :-1].flatten(0, 1)
+        else:
+            image, image2, target, valid, occluded = self._pair(batch)
+            flow = self.observed(stage, batch_index, image, image2)
+        errors.update(flow, target, valid, occluded)
+        loss = self._distance(flow, target, valid)
+        self.log(f"{stage}/loss", loss, on_epoch=True, prog_bar=True, batch_size=len(image), sync_dist=True)
+        if stage == "val" and batch_index == 0 and not self.trainer.sanity_checking:
+            known = target.where(valid.unsqueeze(1), 0)
+            log_picture(self.trainer, "val/flow", comparison(image, known, flow))
+
+    def _video(self, frames: Tensor) -> Tensor:
+        """The flow from each frame to the next, ``(B, T - 1, 2, H, W)``; the layer's report is of all the solves."""
+        deq = self._flow_model.deq
+        stream = self._flow_model.stream(warm_start=self.warm_start)
+        flows, reports = [], []
+        for frame in frames.unbind(dim=1):
+            flow = stream(frame)
+            if flow is not None:
+                flows.append(flow)
+                reports.append(cast(SolverReport, deq.report))
+        deq.report = _joined(reports)
+        return torch.stack(flows, dim=1)
+
+    # --- measures of an epoch
+
+    def on_train_epoch_start(self) -> None:
+        """Count anew."""
+        self.train_errors.reset()
+
+    def on_validation_epoch_start(self) -> None:
+        """Count anew."""
+        self.val_errors.reset()
+
+    def on_test_epoch_start(self) -> None:
+        """Count anew."""
+        self.test_errors.reset()
+
+    def on_train_epoch_end(self) -> None:
+        """Log the measures of the epoch."""
+        self._log_errors("train", self.train_errors.compute())
+
+    def on_validation_epoch_end(self) -> None:
+        """Log the measures of the epoch."""
+        self._log_errors("val", self.val_errors.compute())
+
+    def on_test_epoch_end(self) -> None:
+        """Log the measures of the epoch."""
+        self._log_errors("test", self.test_errors.compute())
+
+    def _log_errors(self, stage: str, errors: Mapping[str, Tensor]) -> None:
+        """They are alike in all processes, and the mean over them, without which Lightning warns, changes nothing."""
+        for name, value in errors.items():
+            self.log(f"{stage}/{name}", value, prog_bar=name == "epe", sync_dist=True)
+
+    # --- what batches are
+
+    @property
+    def _flow_model(self) -> DEQFlow:
+        return cast(DEQFlow, self.model)
+
+    def _pair(self, batch: Batch) -> Pair:
+        """The parts of a batch of pairs; None where it does not tell what is occluded."""
+        image1, image2, *rest = batch
+        B, _, *size = image1.shape
+        return image1, image2, *self._targets((B,), size, rest)
+
+    @staticmethod
+    def _targets(rows: Sequence[int], size: Sequence[int], given: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+        """The flow, where it is known, and what is occluded, if that is given.
+
+        Raises:
+            InputError: there are fewer or more of them, or one has another shape or dtype than it should.
+        """
+        if len(given) not in (2, 3):
+            raise InputError(
+                "after its images a batch of OpticalFlow has flow and valid, or flow, valid and occluded; given: "
+                f"{len(given)} tensors"
+            )
+        flow, *masks = given
+        wanted = (*rows, 2, *size)
+        if flow.shape != wanted or not flow.is_floating_point():
+            raise InputError(
+                f"flow is floating, (u, v) of each pixel, here of shape {wanted}; given: {flow.dtype} of shape "
+                f"{tuple(flow.shape)}"
+            )
+        for name, mask in zip(("valid", "occluded"), masks, strict=False):
+            if mask.shape != (*rows, *size) or mask.dtype != torch.bool:
+                raise InputError(
+                    f"{name} is bool, one a pixel, here of shape {(*rows, *size)}; given: {mask.dtype} of shape "
+                    f"{tuple(mask.shape)}"
+                )
+        return flow, masks[0], masks[1] if len(masks) == 2 else None
+
+
+def _joined(reports: Sequence[SolverReport]) -> SolverReport:
+    """The report of several solves, as if their samples had been solved together."""
+    return replace(
+        reports[-1],
+        residual=torch.cat([report.residual for report in reports]),
+        steps=torch.cat([report.steps for report in reports]),
+        converged=torch.cat([report.converged for report in reports]),
+        status=torch.cat([report.status for report in reports]),
+        evaluations=sum(report.evaluations for report in reports),
+        row_evaluations=sum(report.row_evaluations for report in reports),
+        trace=None,
+    )

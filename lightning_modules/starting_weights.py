@@ -1,0 +1,66 @@
+"""All weights of a model from a file, whichever program of ours or of the original authors wrote it."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+import zoo
+
+from .checkpoints import CheckpointError, read_checkpoint
+
+_MODEL = "model."  # how the keys of a task's model begin in its checkpoints
+
+
+def load_weights(model: nn.Module, path: str) -> None:
+    """Give a model all its weights from a file.
+
+    Args:
+        model: which is changed in place.
+        path: a ``.ckpt`` file of a run, a ``.safetensors`` file that ``zoo.save_weights`` wrote, or a file that
+            ``zoo.load_original`` reads.
+
+    Raises:
+        CheckpointError: there is no such file, it cannot be read, or its weights are not those of the model; the
+            message lists what differs.
+        WeightsError: ``zoo.load_original`` cannot read it.
+    """
+    state = _read(path)
+    ours = model.state_dict()
+    differences = [
+        f"{name}: {_shape(state, name)} in the file, {_shape(ours, name)} in the model"
+        for name in sorted(state.keys() | ours.keys())
+        if _shape(state, name) != _shape(ours, name)
+    ]
+    if differences:
+        more = f"; and {len(differences) - 5} more" if len(differences) > 5 else ""
+        raise CheckpointError(
+            f"the weights in {path} are of another model than the one asked for: {'; '.join(differences[:5])}{more}. "
+            "Ask for the model, and the model_args, that the file was made with"
+        )
+    model.load_state_dict(state)
+
+
+def _read(path: str) -> dict[str, Tensor]:
+    file = Path(path)
+    if not file.is_file():
+        raise CheckpointError(f"weights_from takes a file; there is none at {path}")
+    if file.suffix == ".ckpt":
+        read_checkpoint(path)  # every byte of it checked
+        state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
+        return {key.removeprefix(_MODEL): value for key, value in state.items() if key.startswith(_MODEL)}
+    if file.suffix == ".safetensors":
+        try:
+            with safe_open(file, "pt") as content:
+                if "deq_zoo" in (content.metadata() or {}):
+                    return {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 - it is no mapping
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{path} is damaged, or not a safetensors file: {error}") from None
+    return zoo.load_original(path).state_dict()
+
+
+def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | str:
+    return tuple(state[name].shape) if name in state else "absent"
