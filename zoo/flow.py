@@ -21,7 +21,17 @@ from torchvision.models.optical_flow import raft
 
 from .correlation import correlation_pyramid, look_up
 from .errors import InputError
-from .implicit import DEQ, FixedPointIteration, Gradient, PhantomGradient, Solver, Trajectory, normalize_weights
+from .implicit import (
+    DEQ,
+    FixedPointIteration,
+    Gradient,
+    ImplicitGradient,
+    NeumannGradient,
+    PhantomGradient,
+    Solver,
+    Trajectory,
+    normalize_weights,
+)
 from .implicit.solvers.base import is_count
 from .registry import register_model
 from .video import FlowState, FlowStream
@@ -86,8 +96,8 @@ class FlowCell(nn.Module):
         head_width: of the flow head.
         corr_levels, corr_radius: of the look-up.
         gma: also give the GRU the global motion, for which f takes an attention.
-        all_grad: whether gradients flow through v. If not, v is a constant to f, as in RAFT and in the published
-            training on FlyingChairs: that is a rule of training, not the derivative of f.
+        all_grad: whether gradients flow through v. If not, v is a constant to f in train mode, as in RAFT and in the
+            published training on FlyingChairs: that is a rule of training, not the derivative of f.
 
     Shape:
         state (h ``(B, C, h, w)``, v ``(B, 2, h, w)`` in places), context ``(B, C, h, w)``, a pyramid of
@@ -135,7 +145,7 @@ class FlowCell(nn.Module):
         attention: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         h, v = z
-        if not self.all_grad:
+        if self.training and not self.all_grad:
             v = v.detach()
         block = self.update_block
         m = block.motion_encoder(v, look_up(pyramid, pixel_grid(v) + v, self.corr_radius))
@@ -146,8 +156,8 @@ class FlowCell(nn.Module):
         return h, v + block.flow_head(h)
 
     def initial_state(self, context: Tensor, *_: Any) -> tuple[Tensor, ...]:
-        """No hidden activity and no motion, in the dtype of the weights also where autocast made the context narrower."""
-        B, _, *size = context.shape
+        """Both 0, in the dtype of the weights also where autocast made the context narrower."""
+        B, size = len(context), context.shape[2:]
         dtype = next(self.parameters()).dtype
         return tuple(context.new_zeros(B, C, *size, dtype=dtype) for C in (self.hidden, 2))
 
@@ -237,6 +247,11 @@ class DEQFlow(nn.Module):
                 raise ValueError(f"DEQFlow({name}=...) takes {length} integers >= 1; given: {widths!r}")
         if padding not in get_args(Padding):
             raise ValueError(f"DEQFlow(padding=...) takes one of {', '.join(get_args(Padding))}; given: {padding!r}")
+        if not all_grad and isinstance(gradient, ImplicitGradient | NeumannGradient):
+            raise ValueError(
+                "DEQFlow(all_grad=False) leaves a part of the derivative of the cell out, which the equations of "
+                f"{gradient!r} need whole; take all_grad=True, PhantomGradient(...) or UnrolledGradient()"
+            )
         self.padding = padding
         self.corr_levels = corr_levels
         self.multiple = STRIDE
