@@ -129,8 +129,8 @@ class PredictionWriter(BasePredictionWriter):
                 f"{name}_longest": [float(longest(flow)) for flow in value],
             }
         raise ValueError(
-            f"predictions are numbers, one a sample, label maps, uint8 (B, H, W), or optical flow, floating "
-            f"(B, 2, H, W); given: {name!r} of dtype {value.dtype} and shape {tuple(value.shape)}. Write it with a "
+            f"predictions are numbers, one a sample, optical flow, floating (B, 2, H, W), or label maps, uint8 "
+            f"(B, H, W); given: {name!r} of dtype {value.dtype} and shape {tuple(value.shape)}. Write it with a "
             "BasePredictionWriter of your own"
         )
 
