@@ -32,7 +32,7 @@ def write_kitti(path: Path, flow: Tensor) -> None:
     everywhere. The format has no room for less than -512 or more than 511.98 pixels: such values are cut to that.
     """
     known = torch.ones_like(flow[:1])
-    values = torch.cat([(64 * flow.float() + 2**15).round().clamp(0, 2**16 - 1), known])
+    values = torch.cat([(64 * flow.double() + 2**15).round().clamp(0, 2**16 - 1), known])
     write_png(path, values.to(torch.int32))
 
 
