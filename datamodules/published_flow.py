@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
+from PIL import Image
 from torch import Tensor
 from torch.utils.data import Dataset, Subset
 from torchvision.datasets import VisionDataset
@@ -64,13 +64,34 @@ class FlowFiles(Dataset[FlowSample]):
     def _flow(self, path: str) -> tuple[Tensor, Tensor]:
         """Flow ``(2, H, W)`` and where it is known ``(H, W)``."""
         try:
-            read = self.read_flow(path)
+            if path.endswith(".png"):
+                flow, mask = read_flow_png(path)
+            else:
+                flow, mask = torch.from_numpy(self.read_flow(path)), torch.tensor(True)  # noqa: FBT003
         except Exception as error:  # torchvision raises nothing more special for some damaged files
             raise corrupt(Path(path), f"it does not open as optical flow: {error}") from error
-        values, mask = read if isinstance(read, tuple) else (read, np.True_)
-        flow = torch.from_numpy(np.ascontiguousarray(values, dtype=np.float32))
-        valid = (flow.abs() < UNKNOWN).all(dim=0) & torch.from_numpy(np.asarray(mask))
-        return flow.where(valid, 0.0), valid
+        valid = (flow.abs() < UNKNOWN).all(dim=0) & mask
+        return flow.where(valid, 0.0).contiguous(), valid
+
+
+def read_flow_png(path: str) -> tuple[Tensor, Tensor]:
+    """Flow ``(2, H, W)`` and where it is known ``(H, W)``, from a PNG file of 16 bits, as KITTI and HD1K have it.
+
+    The channels are 2**15 + 64 u, 2**15 + 64 v and whether the flow is known.
+
+    Raises:
+        OSError: the file is not an image, or is damaged.
+        ValueError: it is another kind of image.
+    """
+    halves = []
+    for order in ("RGB;16B", "RGB;16L"):  # Pillow keeps 8 of 16 bits: the upper ones, or those it takes for them
+        with Image.open(path) as image:
+            if [tile.args for tile in image.tile] != ["RGB;16B"]:
+                raise ValueError(f"it is an image of the kind {image.mode}; expected: three channels of 16 bits")
+            image.tile = [image.tile[0]._replace(args=order)]
+            halves.append(F.pil_to_tensor(image).int())
+    u, v, known = 256 * halves[0] + halves[1]
+    return (torch.stack([u, v]).float() - 2**15) / 64, known > 0
 
 
 @dataclass(frozen=True)
