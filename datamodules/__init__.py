@@ -11,6 +11,7 @@ from .mnist import FashionMNISTDataModule, MNISTDataModule, mnist_split
 from .pydocs import PyDocsDataModule
 from .scenes import DigitScenesDataModule
 from .segmentation import SegmentationDataModule
+from .synthetic_flow import SyntheticFlowDataModule
 from .text import TextDataModule
 from .text_folder import TextFolderDataModule
 from .wikitext import WikiText103DataModule
@@ -29,6 +30,7 @@ __all__ = [
     "MNISTDataModule",
     "PyDocsDataModule",
     "SegmentationDataModule",
+    "SyntheticFlowDataModule",
     "TextDataModule",
     "TextFolderDataModule",
     "WikiText103DataModule",
