@@ -29,7 +29,7 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 MAY_IMPORT = {
     "zoo/implicit": {"torch", "matplotlib"},  # the latter in plots.py only, as a test of the backbone says
     "zoo": {"torch", "torchvision", "safetensors", "matplotlib"},  # torchvision for blocks of explicit layers
-    "lightning_modules": {"torch", "pytorch_lightning", "lightning_fabric", "torchmetrics", "zoo"},
+    "lightning_modules": {"torch", "torchvision", "pytorch_lightning", "lightning_fabric", "torchmetrics", "zoo"},
     "datamodules": {"torch", "pytorch_lightning", "torchvision", "sklearn", "numpy", "PIL"},
 }
 

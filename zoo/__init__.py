@@ -10,7 +10,7 @@ from .backbone import load_backbone
 from .errors import InputError
 from .flow import DEQFlow, FlowCell
 from .mdeq import MDEQ, MDEQCell, MDEQSegmenter
-from .originals import load_original
+from .originals import UnusedWeightsWarning, load_original
 from .registry import ModelSpec, create_model, list_models, register_model, spec_of
 from .resnet import ResNet
 from .stacked_transformer import StackedTransformer
@@ -43,6 +43,7 @@ __all__ = [
     "StackedTransformer",
     "TanhCell",
     "TanhDEQ",
+    "UnusedWeightsWarning",
     "WeightsError",
     "WeightsRecord",
     "create_model",

@@ -245,6 +245,11 @@ class DEQFlow(nn.Module):
         for name, (widths, length) in lists.items():
             if len(widths) != length or not all(is_count(width, 1) for width in widths):
                 raise ValueError(f"DEQFlow({name}=...) takes {length} integers >= 1; given: {widths!r}")
+        if encoder_widths[0] != encoder_widths[1]:
+            raise ValueError(
+                "DEQFlow(encoder_widths=...) takes one width for the first convolution and the first pair of blocks, "
+                f"whose shortcut is the identity; given: {encoder_widths!r}"
+            )
         if padding not in get_args(Padding):
             raise ValueError(f"DEQFlow(padding=...) takes one of {', '.join(get_args(Padding))}; given: {padding!r}")
         if not all_grad and isinstance(gradient, ImplicitGradient | NeumannGradient):

@@ -243,6 +243,7 @@ def test_wrong_images_are_refused(image1: Any, image2: Any, message: str) -> Non
         ({"corr_levels": 1.5}, "corr_levels"),
         ({"motion_width": 2}, "integer >= 3, two channels of which are the flow itself; given: 2"),
         ({"encoder_widths": (8, 8)}, r"encoder_widths=...\) takes 4 integers >= 1; given: \(8, 8\)"),
+        ({"encoder_widths": (8, 4, 4, 4)}, r"whose shortcut is the identity; given: \(8, 4, 4, 4\)"),
         ({"corr_widths": (8, 0)}, "takes 2 integers >= 1"),
         ({"padding": "left"}, "takes one of both, bottom; given: 'left'"),
         ({"all_grad": False, "gradient": ImplicitGradient()}, "leaves a part of the derivative of the cell out"),

@@ -442,12 +442,12 @@ def test_two_prefixes_for_one_key() -> None:
         ({"epoch": 3}, "the given mapping is no state dict, that is a mapping of names to tensors, and has none under"),
         ({3: torch.ones(1)}, "the given mapping is no state dict, that is a mapping of names to tensors, and has none"),
         (
-            {"module.update_block.gru.convz1.weight_g": torch.ones(1), "module.fnet.conv1.bias": torch.ones(1)},
-            "the given mapping is of no family that load_original knows (MDEQ, DEQ transformer): its 2 keys are like "
-            "'update_block.gru.convz1.weight_g', 'fnet.conv1.bias'",
+            {"module.layer1.0.conv1.weight": torch.ones(1), "module.fc.bias": torch.ones(1)},
+            "the given mapping is of no family that load_original knows (MDEQ, DEQ transformer, DEQ-Flow): its 2 keys "
+            "are like 'layer1.0.conv1.weight', 'fc.bias'",
         ),
     ],
-    ids=["empty", "empty inside", "list", "no tensors", "no names", "RAFT"],
+    ids=["empty", "empty inside", "list", "no tensors", "no names", "ResNet"],
 )
 def test_what_is_no_checkpoint(given: dict[Any, Any], message: str) -> None:
     assert refusal(given).startswith(message)
