@@ -26,9 +26,9 @@ def load_weights(model: nn.Module, path: str) -> None:
     Raises:
         CheckpointError: there is no such file, it cannot be read, or its weights are not those of the model; the
             message lists what differs.
-        WeightsError: ``zoo.load_original`` cannot read it.
+        WeightsError, ValueError: ``zoo.load_original`` cannot read it, or it does not fit the model's arguments.
     """
-    state = _read(path)
+    state = _read(path, model)
     ours = model.state_dict()
     differences = [
         f"{name}: {_shape(state, name)} in the file, {_shape(ours, name)} in the model"
@@ -44,7 +44,7 @@ def load_weights(model: nn.Module, path: str) -> None:
     model.load_state_dict(state)
 
 
-def _read(path: str) -> dict[str, Tensor]:
+def _read(path: str, model: nn.Module) -> dict[str, Tensor]:
     file = Path(path)
     if not file.is_file():
         raise CheckpointError(f"weights_from takes a file; there is none at {path}")
@@ -59,7 +59,9 @@ def _read(path: str) -> dict[str, Tensor]:
                     return {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 - it is no mapping
         except (SafetensorError, OSError) as error:
             raise CheckpointError(f"{path} is damaged, or not a safetensors file: {error}") from None
-    return zoo.load_original(path).state_dict()
+    # What no shape tells, as how wide a window of the correlation is, the model says.
+    arguments = {key: value for key, value in zoo.spec_of(model).arguments.items() if key not in ("solver", "gradient")}
+    return zoo.load_original(path, **arguments).state_dict()
 
 
 def _shape(state: dict[str, Tensor], name: str) -> tuple[int, ...] | str:

@@ -155,7 +155,7 @@ def test_what_is_logged_is_counted_by_hand(stage: str, occluded: bool) -> None:
     """Over an epoch of batches of different sizes."""
     data = pairs(occluded=occluded)
     image1, image2, target, valid, *more = data.tensors
-    module = small()
+    module = small().eval()
     run = getattr(trainer(), "validate" if stage == "val" else "test")
     (measured,) = run(module, DataLoader(data, batch_size=3), verbose=False)
     errors = FlowErrors()
@@ -190,8 +190,8 @@ def test_a_small_model_learns_a_shift(tmp_path: Path) -> None:
     valid = torch.ones(6, 16, 24, dtype=torch.bool)
     data = TensorDataset(image[:, :, 1:17, 2:26], image[:, :, 2:18, :24], flow, valid)
     loader = DataLoader(data, batch_size=3)
-    module = small(lr=0.01, schedule="one_cycle", freeze_batch_norm=True, gamma=0.7, max_flow=50.0)
-    run = train(module, loader=loader, max_epochs=30, limit_val_batches=0)
+    module = small(lr=0.02, schedule="one_cycle", freeze_batch_norm=True, gamma=0.7, max_flow=50.0)
+    run = train(module, loader=loader, max_epochs=12, limit_val_batches=0)
     (after,) = run.test(module, loader, verbose=False)
     assert after["test/epe"] < 0.5 * after["test/epe_zero"]
     run.save_checkpoint(tmp_path / "mine.ckpt", weights_only=False)
@@ -219,7 +219,7 @@ def test_sequences_are_videos(warm_start: bool) -> None:
     """Measures are of all pairs, and solver statistics of a frame."""
     data = sequences()
     frames, target, valid, occluded = data.tensors
-    module = small(warm_start=warm_start, solver=FixedPointIteration(tol=0.05, norm="absolute", max_steps=40))
+    module = small(warm_start=warm_start, solver=FixedPointIteration(tol=0.05, norm="absolute", max_steps=40)).eval()
     (measured,) = trainer().test(module, DataLoader(data, batch_size=2), verbose=False)
     stream, steps, errors = module.model.stream(warm_start), [], FlowErrors()
     for t, frame in enumerate(frames.unbind(1)):

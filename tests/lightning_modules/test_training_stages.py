@@ -18,7 +18,7 @@ from torch.utils import _pytree as pytree
 
 import lightning_modules.base
 from lightning_modules import ImageClassifier
-from lightning_modules.optimizers import Cosine, make_optimizer
+from lightning_modules.optimizers import Cosine, OneCycle, make_optimizer
 from tests.command_line import same
 from tests.lightning_modules.runs import Rates, Steps, batches, gradients, parameters, small, train, trained
 from zoo.implicit import Anderson, ImplicitGradient, VariationalDropout
@@ -315,6 +315,56 @@ def test_the_published_learning_rate_of_a_transformer() -> None:
         assert schedule.get_lr() == pytest.approx([expected], rel=1e-10, abs=1e-18)
 
 
+@pytest.mark.parametrize(("steps", "fraction"), [(8, 0.05), (8, 0.5), (19, 0.3), (200, 0.05), (2, 0.0), (1, 0.9)])
+@pytest.mark.parametrize("lr", [4e-4, 1.0])
+def test_one_cycle_is_torchs(steps: int, fraction: float, lr: float) -> None:
+    optimizers = [torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=lr) for _ in range(2)]
+    schedules = (
+        torch.optim.lr_scheduler.OneCycleLR(
+            optimizers[0], lr, total_steps=steps, pct_start=fraction, anneal_strategy="linear", cycle_momentum=False
+        ),
+        OneCycle(optimizers[1], steps, fraction),
+    )
+    for t in range(steps):
+        theirs, ours = (optimizer.param_groups[0]["lr"] for optimizer in optimizers)
+        assert ours == pytest.approx(theirs, rel=1e-10), f"step {t}"
+        for optimizer, schedule in zip(optimizers, schedules, strict=True):
+            optimizer.step()
+            if t < steps - 1:
+                schedule.step()
+    assert optimizers[1].param_groups[0]["lr"] == pytest.approx(lr / 250_000)
+    schedules[1].step()
+    assert optimizers[1].param_groups[0]["lr"] == pytest.approx(lr / 250_000), "and there it stays"
+
+
+def test_one_cycle_whose_peak_is_its_first_step() -> None:
+    """Which torch divides by zero for."""
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.5)
+    schedule = OneCycle(optimizer, 20, 0.05)
+    assert optimizer.param_groups[0]["lr"] == 0.5
+    optimizer.step()
+    schedule.step()
+    assert 0.47 < optimizer.param_groups[0]["lr"] < 0.5
+
+
+@pytest.mark.parametrize("margin", [0, 4])
+def test_one_cycle_over_a_run_and_resumed(tmp_path: Path, margin: int) -> None:
+    options = {"lr": 0.02, "schedule": "one_cycle", "warmup_fraction": 0.25, "schedule_margin": margin}
+    whole, before, after, longer = Rates(), Rates(), Rates(), Rates()
+    run = train(small(**options), whole, max_epochs=2)
+    optimizer = torch.optim.SGD([torch.nn.Parameter(torch.zeros(1))], lr=0.02)
+    expected = OneCycle(optimizer, 8 + margin, 0.25)
+    assert whole.rates == pytest.approx([expected.rate(0.02, t) for t in range(8)])
+    end = run.optimizers[0].param_groups[0]["lr"]
+    assert end == pytest.approx(expected.rate(0.02, 8))
+    assert (end > 1e-3) is (margin > 0)
+    train(small(**options), before, max_epochs=1).save_checkpoint(tmp_path / "half.ckpt", weights_only=False)
+    train(small(**options), after, max_epochs=2, ckpt_path=tmp_path / "half.ckpt")
+    assert after.rates == pytest.approx(whole.rates[4:])
+    train(small(**options), longer, max_epochs=3, ckpt_path=tmp_path / "half.ckpt")
+    assert longer.rates == pytest.approx([OneCycle(optimizer, 12 + margin, 0.25).rate(0.02, t) for t in range(4, 12)])
+
+
 def test_a_constant_learning_rate_is_warmed_up_too() -> None:
     rates = Rates()
     train(small(lr=0.02, schedule="constant", warmup_steps=4), rates, max_epochs=2)
@@ -385,9 +435,11 @@ def test_checkpoints_of_torchs_own_cosine_can_be_resumed() -> None:
     assert new.param_groups[0]["lr"] == 0, "and there it stays"
 
 
-def test_a_cosine_without_an_end_is_refused() -> None:
-    with pytest.raises(lightning_modules.base.MisconfigurationException, match="give the trainer max_epochs or max_st"):
-        train(small(), max_epochs=-1, limit_train_batches=1)
+@pytest.mark.parametrize("schedule", ["cosine", "one_cycle"])
+def test_a_schedule_without_an_end_is_refused(schedule: str) -> None:
+    message = f"schedule={schedule} takes the length of the run: give the trainer max_epochs or max_steps"
+    with pytest.raises(lightning_modules.base.MisconfigurationException, match=message):
+        train(small(schedule=schedule), max_epochs=-1, limit_train_batches=1)
 
 
 def test_an_optimizer_by_name() -> None:
@@ -455,6 +507,11 @@ def test_the_spectral_radius_is_that_of_a_few_rows(size: int, monkeypatch: pytes
         ({"max_steps_jitter": [0.0, 1]}, r"max_steps_jitter takes .*; given: \[0.0, 1\]"),
         ({"warmup_steps": -1}, "warmup_steps takes an integer >= 0; given: -1"),
         ({"warmup_steps": 2.5}, "warmup_steps takes an integer >= 0; given: 2.5"),
+        ({"schedule": "cosin"}, "schedule takes 'cosine', 'one_cycle' or 'constant'; given: 'cosin'"),
+        ({"schedule": "one_cycle", "warmup_steps": 3}, "one_cycle' rises and ends by itself.*given: 3 and 0.0"),
+        ({"schedule": "one_cycle", "min_lr": 1e-4}, "takes warmup_steps=0 and min_lr=0; given: 0 and 0.0001"),
+        ({"warmup_fraction": 1.0}, r"warmup_fraction takes a number in \[0, 1\); given: 1.0"),
+        ({"schedule_margin": -1}, "schedule_margin takes an integer >= 0; given: -1"),
         ({"min_lr": 0.1}, "min_lr takes a number from 0 to lr; given: 0.1 and 0.001"),
         ({"optimizer": "AdmW"}, r"unknown optimizer 'AdmW'. Did you mean 'AdamW'\? Known: .*SGD"),
         (
