@@ -1,4 +1,4 @@
-"""FlyingThings3D: about 20,000 training frames of 540x960 from each camera, things that fly through rooms.
+"""FlyingThings3D: more than 20,000 training frames of 540x960 from each camera, things that fly through rooms.
 
 N. Mayer et al., "A large dataset to train convolutional networks for disparity, optical flow, and scene flow
 estimation", CVPR 2016.
