@@ -37,6 +37,13 @@ DATA = {
         "of the fixed split in datamodules/pydocs.py",
         "the bytes of a text in UTF-8, int64 (B, L); generate() takes text",
     ),
+    "SyntheticFlowDataModule": (
+        "synthetic",
+        "_synthetic",
+        "layers cut out of the training bands of scikit-learn's two photographs, moved anew in each epoch by "
+        "datamodules/synthetic_flow.py",
+        "two images (B, 3, H, W) in [0, 1], of any size; the model scales and pads",
+    ),
 }
 
 
@@ -74,7 +81,7 @@ def main(checkpoint: str, name: str | None = None) -> None:
     module.model = zoo.load_pretrained(name)
     trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
     found = {**trainer.validate(module, data, verbose=False)[0], **trainer.test(module, data, verbose=False)[0]}
-    wanted = ("accuracy", "miou", "pixel_accuracy", "bits_per_byte", "converged")
+    wanted = ("accuracy", "miou", "pixel_accuracy", "bits_per_byte", "epe", "epe_zero", "converged")
     metrics = {key.replace("/", "_"): value for key, value in found.items() if key.rpartition("/")[2] in wanted}
     record = WeightsRecord(**{**vars(draft), "metrics": metrics})
     print(f"Wrote {path}, {save_record(record)} and {write_table()}: {metrics}")

@@ -74,13 +74,15 @@ class PredictionWriter(BasePredictionWriter):
             raise ValueError(f"flow_format takes 'flo' or 'kitti'; given: {flow_format!r}")
         self.flow_format = flow_format
         self._rows = 0
+        self._names: Sequence[str] | None = None
 
     def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Begin a new table."""
-        names = self._names(trainer)
+        data: pl.LightningDataModule | None = getattr(trainer, "datamodule", None)
+        names = getattr(data, "names", None)
         if names is not None and len(set(names)) < len(names):
             raise ValueError("files of predictions are called by the names of the data, and some of these occur twice")
-        self._rows = 0
+        self._rows, self._names = 0, names
         table = self._table(trainer)
         table.parent.mkdir(parents=True, exist_ok=True)
         table.write_text("", encoding="utf-8")
@@ -98,7 +100,7 @@ class PredictionWriter(BasePredictionWriter):
         """Write one row a sample."""
         size = len(next(iter(prediction.values())))
         indices = batch_indices or range(self._rows, self._rows + size)
-        names = self._names(trainer)
+        names = self._names
         files = [f"{index:06d}" if names is None else names[index] for index in indices]
         columns: dict[str, Sequence[Any]] = {"index": indices} if names is None else {"index": indices, "name": files}
         for key, value in prediction.items():
@@ -133,12 +135,6 @@ class PredictionWriter(BasePredictionWriter):
             f"(B, H, W); given: {name!r} of dtype {value.dtype} and shape {tuple(value.shape)}. Write it with a "
             "BasePredictionWriter of your own"
         )
-
-    @staticmethod
-    def _names(trainer: pl.Trainer) -> Sequence[str] | None:
-        """The names of the samples, where the data have any."""
-        data: pl.LightningDataModule | None = getattr(trainer, "datamodule", None)
-        return getattr(data, "names", None)
 
     @staticmethod
     def _table(trainer: pl.Trainer) -> Path:

@@ -170,9 +170,9 @@ def test_what_is_logged_is_counted_by_hand(stage: str, occluded: bool) -> None:
     assert measured[f"{stage}/loss"] == pytest.approx(term(flow, list(data.tensors)).item(), rel=1e-5)
 
 
-def test_training_is_logged_too_and_each_epoch_counts_anew() -> None:
-    steps = Steps()
-    run = train(small(lr=0.0), loader=DataLoader(pairs(), batch_size=3), max_epochs=2, logger=steps)
+def test_training_is_logged_too_and_each_epoch_counts_anew(tmp_path: Path) -> None:
+    steps, loader = Steps(), DataLoader(pairs(), batch_size=3)
+    run = train(small(lr=0.0), loader=loader, max_epochs=2, logger=steps, default_root_dir=tmp_path)
     assert len(steps.logged) == 4
     assert steps.logged[0]["train/loss"] == steps.logged[2]["train/loss"] > 0
     found = run.callback_metrics

@@ -97,7 +97,8 @@ def test_batches_are_written_as_they_come_and_not_kept(tmp_path: Path) -> None:
     run = trainer(PredictionWriter(), Watch(), default_root_dir=tmp_path)
     run.predict(small(), DataLoader(pairs(3), batch_size=1), return_predictions=False)
     assert seen == [(0, 0), (1, 0), (2, 0)]
-    run.predict(small(), DataLoader(pairs(1), batch_size=1), return_predictions=False)
+    again = trainer(PredictionWriter(), default_root_dir=tmp_path)
+    again.predict(small(), DataLoader(pairs(1), batch_size=1), return_predictions=False)
     assert len(rows(tmp_path / "predictions.csv")) == 1, "a second table takes the place of the first"
 
 
