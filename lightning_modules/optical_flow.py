@@ -46,7 +46,7 @@ class OpticalFlow(EquilibriumModule):
     Args:
         model: a name of ``zoo.list_models("deq_flow*")``.
         model_args: the model's arguments, plain numbers and words.
-        gamma: see above; in [0, 1].
+        gamma: how much less each earlier state weighs than the next one, in [0, 1].
         losses: n, at least 1. The states are ``max_steps // n`` updates apart, but for z*, which comes last.
         sliced: cut the solve at these states, as published: see :class:`~zoo.implicit.Trajectory`.
         max_flow: pixels that move by as many pixels, or by more, are not valid in the loss.

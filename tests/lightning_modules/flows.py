@@ -16,6 +16,8 @@ SMALL: dict[str, Any] = {
     "motion_width": 4, "head_width": 4, "mask_width": 4, "corr_levels": 1, "corr_radius": 1,
 }  # fmt: skip
 
+MEASURES = ("epe", "epe_per_image", "epe_zero", "1px", "3px", "f1_all", "epe_visible", "epe_occluded")
+
 
 def small(model_args: dict[str, Any] | None = None, **arguments: Any) -> OpticalFlow:
     """The same small module each time, but for ``arguments``. It does not mind that random weights do not converge."""

@@ -13,7 +13,7 @@ from torch.utils.data import DataLoader, DistributedSampler, TensorDataset
 
 from lightning_modules import ImageClassifier, LanguageModel, PredictionWriter
 from tests.command_line import rows, same
-from tests.lightning_modules import texts
+from tests.lightning_modules import flows, texts
 from zoo.implicit import Anderson, ImplicitGradient
 
 # From Python 3.12 a fork of a process with threads is warned of; Lightning's ddp_fork is such a fork.
@@ -142,6 +142,47 @@ def test_two_processes_read_as_one_that_reads_all_their_streams(tmp_path: Path) 
         assert found == pytest.approx({name: one["measured"][name].item() for name in names}, rel=1e-4)
     kept = [torch.load(tmp_path / name / "run.ckpt", weights_only=True) for name in ("one", "two")]
     assert [("deq_zoo_memory" in content) for content in kept] == [True, False], "one of two is not enough"
+
+
+class KeepMeasures(pl.Callback):
+    """Each rank writes what it logged, and its weights."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def on_train_end(self, trainer: pl.Trainer, module: pl.LightningModule) -> None:
+        measured = {name: value.item() for name, value in trainer.callback_metrics.items()}
+        torch.save((measured, module.state_dict()), self.folder / f"rank{trainer.global_rank}.pt")
+
+
+class Pairs(pl.LightningDataModule):
+    """Of optical flow; two processes take turns."""
+
+    def train_dataloader(self) -> DataLoader[Any]:
+        processes = self.trainer.world_size
+        data = flows.pairs(4)
+        sampler = DistributedSampler(data, processes, self.trainer.global_rank, shuffle=False)
+        return DataLoader(data, batch_size=2 // processes, sampler=sampler)
+
+    val_dataloader = train_dataloader
+
+
+def test_the_measures_of_flow_are_over_the_pixels_of_all_processes(tmp_path: Path) -> None:
+    """Though the processes have other numbers of pixels whose flow is known, and one has images without any."""
+    found = {}
+    for processes in (1, 2):
+        module = flows.small(schedule="constant", freeze_batch_norm=True)
+        module.configure_optimizers = lambda m=module: torch.optim.SGD(m.parameters(), lr=1e-3)
+        folder = tmp_path / str(processes)
+        folder.mkdir()
+        run = trainer(processes, KeepMeasures(folder), limit_val_batches=1.0, num_sanity_val_steps=0)
+        run.fit(module, datamodule=Pairs())
+        found[processes] = [torch.load(folder / f"rank{rank}.pt", weights_only=True) for rank in range(processes)]
+    (one, _), (first, second) = found[1][0], found[2]
+    assert same(dict(first[1]), dict(second[1]))
+    names = [f"{stage}/{name}" for stage in ("train", "val") for name in flows.MEASURES]
+    for measured, _ in (first, second):
+        assert {name: measured[name] for name in names} == pytest.approx({name: one[name] for name in names}, rel=1e-3)
 
 
 def test_each_process_writes_its_own_predictions(tmp_path: Path) -> None:
