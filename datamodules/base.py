@@ -39,7 +39,8 @@ class SplitDataModule(LightningDataModule, ABC, Generic[D]):
 
     def __init__(self, batch_size: int = 64, num_workers: int = 0) -> None:
         super().__init__()
-        self.save_hyperparameters()  # the subclass's arguments too, so that a checkpoint knows its data
+        # The subclass's arguments too, so that a checkpoint knows its data; this one a subclass sets for its user.
+        self.save_hyperparameters(ignore=["eval_batch_size"])
         self.batch_size = whole_number("batch_size", batch_size, at_least=1)
         self.num_workers = whole_number("num_workers", num_workers, at_least=0)
 

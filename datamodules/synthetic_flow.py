@@ -284,7 +284,7 @@ class FlowComposer:
         whole_number("width", self.width, at_least=16)
         whole_number("frames", self.frames, at_least=2)
         whole_number("min_patches", self.min_patches, at_least=0)
-        whole_number("max_patches", self.max_patches, at_least=max(1, self.min_patches))
+        whole_number("max_patches", self.max_patches, at_least=self.min_patches)
         for name in ("max_shift", "max_rotation", "max_zoom", "max_warp"):
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} is at least 0 and below inf; given: {getattr(self, name)!r}")
@@ -463,7 +463,8 @@ class SyntheticFlowDataModule(FlowDataModule[Dataset[FlowSample]]):
     for more than two frames sequences, see :class:`FlowDataModule`; all pixels are valid. The three parts show
     different bands of the photographs, :func:`photographs_split`: no pixel of a training photograph occurs in a
     validation or test scene, nor one of validation in test. Training scenes are drawn anew in every epoch; validation
-    and test scenes never change for the same arguments, whatever the seed.
+    and test scenes never change for the same arguments, whatever the seed. By default the flow of the test scenes is
+    6.2 pixels long on average and 14.6 at most, and 12 % of their pixels are occluded.
 
     Args:
         batch_size: scenes a batch, on each device.
