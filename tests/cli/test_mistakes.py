@@ -75,7 +75,9 @@ TYPED = {
     "--model.solver.tol small": "'model.solver.tol' takes a value of type float; given: 'small'",
     "--model.solver.max_steps 2.5": "'model.solver.max_steps' takes a value of type int; given: '2.5'",
     "--model.solver 3": "unknown class '3' for 'model.solver'.",
-    "--model.schedule cosin": ("'model.schedule' takes a value of type Literal['cosine', 'constant']; given: 'cosin'"),
+    "--model.schedule cosin": (
+        "'model.schedule' takes a value of type Literal['cosine', 'one_cycle', 'constant']; given: 'cosin'"
+    ),
     "--model.model_args 3": "'model.model_args' takes a value of type dict; given: '3'",
     "--model.model_args.width 2.5": "argument 'width' of model 'tanh_deq' takes int; given: 2.5 (float)",
     "--model.model_args.width wide": "argument 'width' of model 'tanh_deq' takes int; given: 'wide' (str)",

@@ -317,7 +317,7 @@ def test_pretrained_weights_of_another_model(monkeypatch: pytest.MonkeyPatch) ->
         ({"label_smoothing": 1.0}, r"label_smoothing takes a number in \[0, 1\); given: 1.0"),
         ({"lr": -1.0}, "lr and weight_decay take numbers >= 0; given: -1.0 and 0.0"),
         ({"weight_decay": -1.0}, "lr and weight_decay take numbers >= 0; given: 0.001 and -1.0"),
-        ({"schedule": "cosin"}, "schedule takes 'cosine' or 'constant'; given: 'cosin'"),
+        ({"schedule": "cosin"}, "schedule takes 'cosine', 'one_cycle' or 'constant'; given: 'cosin'"),
         ({"pretrained": "nothing.at_all"}, "unknown weights 'nothing.at_all'"),
     ],
 )
