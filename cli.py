@@ -183,6 +183,10 @@ class ZooCLI(LightningCLI):
         if self.checkpoint is not None:
             check_fits(self.checkpoint, self.model)
 
+    def before_predict(self) -> None:
+        """Keep no predictions in memory: each batch is written as it comes."""
+        self.config_init["predict"]["return_predictions"] = False
+
     def before_fit(self) -> None:
         """Start the clock."""
         self.started = time.monotonic()

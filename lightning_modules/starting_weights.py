@@ -5,10 +5,10 @@ from __future__ import annotations
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 import zoo
+from zoo.weights import read_weights
 
 from .checkpoints import CheckpointError, read_checkpoint
 
@@ -24,9 +24,9 @@ def load_weights(model: nn.Module, path: str) -> None:
             ``zoo.load_original`` reads.
 
     Raises:
-        CheckpointError: there is no such file, it cannot be read, or its weights are not those of the model; the
-            message lists what differs.
-        WeightsError, ValueError: ``zoo.load_original`` cannot read it, or it does not fit the model's arguments.
+        CheckpointError: there is no such file, or its weights are not those of the model; the message lists what
+            differs.
+        WeightsError, ValueError: it cannot be read, or does not fit the model's arguments.
     """
     state = _read(path, model)
     ours = model.state_dict()
@@ -52,13 +52,8 @@ def _read(path: str, model: nn.Module) -> dict[str, Tensor]:
         read_checkpoint(path)  # every byte of it checked
         state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
         return {key.removeprefix(_MODEL): value for key, value in state.items() if key.startswith(_MODEL)}
-    if file.suffix == ".safetensors":
-        try:
-            with safe_open(file, "pt") as content:
-                if "deq_zoo" in (content.metadata() or {}):
-                    return {key: content.get_tensor(key) for key in content.keys()}  # noqa: SIM118 - it is no mapping
-        except (SafetensorError, OSError) as error:
-            raise CheckpointError(f"{path} is damaged, or not a safetensors file: {error}") from None
+    if file.suffix == ".safetensors" and (state := read_weights(file)) is not None:
+        return state
     # What no shape tells, as how wide a window of the correlation is, the model says.
     arguments = {key: value for key, value in zoo.spec_of(model).arguments.items() if key not in ("solver", "gradient")}
     return zoo.load_original(path, **arguments).state_dict()

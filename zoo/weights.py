@@ -149,6 +149,21 @@ def save_weights(model: nn.Module, path: str | Path) -> ModelSpec:
     return spec
 
 
+def read_weights(path: str | Path) -> dict[str, Tensor] | None:
+    """The tensors of a file that :func:`save_weights` wrote; None of a safetensors file that others wrote.
+
+    Raises:
+        WeightsError: the file cannot be read, or is no safetensors file.
+    """
+    try:
+        with safetensors.safe_open(path, "pt") as file:
+            if _SPEC not in (file.metadata() or {}):
+                return None
+            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
+    except (safetensors.SafetensorError, OSError) as error:
+        raise WeightsError(f"{path} is damaged, or not a safetensors file: {error}") from None
+
+
 def save_record(record: WeightsRecord) -> Path:
     """Write a record beside its weights."""
     path = record.path.with_suffix(".json")
@@ -248,7 +263,7 @@ def _verified(record: WeightsRecord) -> bytes:
     return data
 
 
-def _parse(data: bytes, where: str) -> tuple[ModelSpec, dict[str, Any]]:
+def _parse(data: bytes, where: str) -> tuple[ModelSpec, dict[str, Tensor]]:
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
     if _SPEC not in header:

@@ -153,6 +153,12 @@ def test_bytes_are_floats_times_255() -> None:
     torch.testing.assert_close(flow(*whole), flow(*(whole / 255)))
 
 
+def test_features_can_be_normalised() -> None:
+    features = model(normalize_features=True).features(images(2, 3, 40, 48))
+    torch.testing.assert_close(features.mean(dim=(2, 3)), torch.zeros(2, 8), rtol=0, atol=1e-5)
+    torch.testing.assert_close(features.var(dim=(2, 3), correction=0), torch.ones(2, 8), rtol=1e-2, atol=0)
+
+
 def test_a_sample_does_not_depend_on_its_batch() -> None:
     flow = model(contracting=True)
     image1, image2 = images(2, 3, 3, 32, 40)
