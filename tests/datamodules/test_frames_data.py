@@ -151,6 +151,16 @@ def test_an_image_that_is_cut_off(tmp_path):
         list(module.predict_dataloader())
 
 
+def test_a_header_that_is_cut_off(tmp_path):
+    for number in (1, 2):
+        saved(tmp_path / f"{number}.ppm")
+    module = FramesDataModule(str(tmp_path))
+    module.setup("predict")
+    (tmp_path / "2.ppm").write_bytes(b"P6\n20 ")
+    with pytest.raises(DataError, match=r"2\.ppm is corrupt"):
+        list(module.predict_dataloader())
+
+
 def test_more_than_eight_bits(tmp_path):
     saved(tmp_path / "1.png")
     Image.fromarray(np.full((16, 20), 30000, dtype=np.uint16)).save(tmp_path / "2.png")
