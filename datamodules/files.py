@@ -22,7 +22,7 @@ def read_image(path: str, mode: str | None = None) -> Image.Image:
     try:
         with Image.open(path) as image:
             return image.convert(mode) if mode else image.copy()
-    except (OSError, SyntaxError, ValueError) as error:  # Pillow raises the latter two for some damaged PNG and PPM files
+    except (OSError, SyntaxError, ValueError) as error:  # of some damaged PNG and PPM files
         raise corrupt(Path(path), f"it does not open as an image: {error}") from error
 
 

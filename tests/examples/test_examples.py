@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+import torchvision
 
 import zoo
 from tests.command_line import ROOT, Fitted, rows, same, weights
@@ -33,7 +34,7 @@ def run(*command: str, folder: Path) -> str:
 
 
 def test_every_example_is_tested() -> None:
-    tested = {"coupled_equilibrium.py", "finetune.py", "publish_weights.py"}
+    tested = {"coupled_equilibrium.py", "draw_flow.py", "finetune.py", "publish_weights.py"}
     assert {path.name for path in EXAMPLES.glob("*.py")} == tested
     for path in EXAMPLES.glob("*.py"):
         assert f"python examples/{path.name}" in path.read_text(), "its docstring says how it is run"
@@ -53,6 +54,16 @@ def test_finetune(tmp_path: Path) -> None:
     (accuracy,) = re.findall(r"test/accuracy\D*([\d.]+)", printed)
     assert float(accuracy) > 0.9  # by chance: 0.2
     assert not list(tmp_path.iterdir())
+
+
+def test_draw_flow(tmp_path: Path) -> None:
+    printed = run("-W", "error", str(EXAMPLES / "draw_flow.py"), "drawn.png", folder=tmp_path)
+    errors = [float(error) for error in re.findall(r"EPE ([\d., ]+) pixels", printed)[0].split(", ")]
+    assert all(0 < error < 4 for error in errors)  # of 6 pixels of motion
+    assert len(errors) == 4
+    picture = torchvision.io.decode_image(str(tmp_path / "drawn.png"))
+    assert picture.shape == (3, 4 * 96 * 2, 4 * 128 * 2)
+    assert len(picture.flatten(1).unique(dim=1).T) > 1000
 
 
 def test_publish_weights(fitted: Fitted, weights_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
