@@ -28,7 +28,7 @@ class Recipe:
     height: int = 96
     width: int = 128
     frames: int = 6
-    sequences: int = 32
+    sequences: int = 16
 
 
 NANO = Recipe("deq_flow_nano.synthetic")
