@@ -16,7 +16,7 @@ from zoo.flow import DEQFlow
 from zoo.implicit import PhantomGradient, SolverReport, Trajectory
 from zoo.implicit.solvers.base import is_count
 from zoo.implicit.trajectory import fixed_point_correction
-from zoo.video import FlowStream
+from zoo.video import FlowStream, next_start
 
 from .base import EquilibriumModule
 from .flow_files import comparison
@@ -24,7 +24,7 @@ from .flow_metrics import FlowErrors
 from .pictures import log_picture
 
 Batch = Sequence[Tensor]
-Pair = tuple[Tensor, Tensor, Tensor, Tensor, Tensor | None]
+Targets = tuple[Tensor, Tensor, Tensor | None]
 
 
 class OpticalFlow(EquilibriumModule):
@@ -39,7 +39,8 @@ class OpticalFlow(EquilibriumModule):
     ``/f1_all``, ``/epe_per_image``, ``/epe_zero`` and where the data tell it ``/epe_visible`` and ``/epe_occluded``,
     beside the solver's statistics. The first samples of each validation are drawn: see :func:`log_picture`.
 
-    Sequences are validated and tested as videos, frame by frame, and the solver's statistics are those of a frame.
+    Sequences are videos: each pair of neighbours is solved from where the pair before ended, in training too, without
+    a gradient from one to the next. In validation and testing the solver's statistics are those of a frame.
     Prediction of data that say that they are in order, by an attribute ``in_order``, in batches of one pair, does so
     as well, as long as each pair begins with the image with which the one before ended.
 
@@ -117,30 +118,46 @@ class OpticalFlow(EquilibriumModule):
 
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The fixed-point correction loss plus the Jacobian term."""
-        if batch[0].dim() == 5:
-            raise InputError(
-                "OpticalFlow is trained on pairs of images, and was given sequences, frames of shape "
-                f"{tuple(batch[0].shape)}: give it pairs (--data.frames 2)"
-            )
-        image1, image2, target, valid, occluded = self._pair(batch)
+        inputs, (target, valid, occluded) = self._inputs(batch)
         self._freeze()
-        flows, jacobian_term = self.regularized("train", image1, image2, forward=self._states)
+        forward = self._states if len(inputs) == 2 else self._states_of_video
+        flows, jacobian_term = self.regularized("train", *inputs, forward=forward)
         loss = fixed_point_correction(lambda flow: self._distance(flow, target, valid), flows, gamma=self.gamma)
         self.train_errors.update(flows[-1], target, valid, occluded)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(image1))
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(target))
         return loss + jacobian_term
 
     def _states(self, image1: Tensor, image2: Tensor) -> list[Tensor]:
         """The flows of the states that are in the loss, that of z* last."""
+        model = self._flow_model
+        if (trajectory := self._trajectory()) is None:
+            return [model(image1, image2)]
+        return cast(list[Tensor], model(image1, image2, trajectory=trajectory))
+
+    def _states_of_video(self, frames: Tensor) -> list[Tensor]:
+        """The same of all pairs of neighbours, one sequence after another, each solved from where it would start."""
+        model, trajectory = self._flow_model, self._trajectory()
+        B, T, _, *size = frames.shape
+        model.check_images(frames[:, 0], frames[:, 1])
+        features = model.features(frames.flatten(0, 1)).unflatten(0, (B, T))
+        contexts = model.context(frames[:, :-1].flatten(0, 1)).unflatten(0, (B, T - 1))
+        start, flows = None, []
+        for t in range(T - 1):
+            states = model.solved(features[:, t], features[:, t + 1], contexts[:, t], start, trajectory)
+            flows.append([model.upsampled(state, size) for state in states])
+            start = next_start(states[-1]) if self.warm_start else None
+        return [torch.stack(of_pairs, dim=1).flatten(0, 1) for of_pairs in zip(*flows, strict=True)]
+
+    def _trajectory(self) -> Trajectory | None:
+        """Which states are in the loss besides z*."""
         deq = self._flow_model.deq
         steps = deq.solver.max_steps if deq.unrolled is None else deq.unrolled
         apart = max(1, steps // self.losses)
         before = [apart * k for k in range(1, self.losses) if apart * k < steps]
         if not before:
-            return [self(image1, image2)]
+            return None
         gradient = PhantomGradient() if deq.gradient.through_solver else deq.gradient
-        trajectory = Trajectory(before, gradient, sliced=self.sliced and deq.unrolled is None)
-        return cast(list[Tensor], self._flow_model(image1, image2, trajectory=trajectory))
+        return Trajectory(before, gradient, sliced=self.sliced and deq.unrolled is None)
 
     def _distance(self, flow: Tensor, target: Tensor, valid: Tensor) -> Tensor:
         """mean(valid |flow - target|), over both channels and all pixels."""
@@ -191,17 +208,13 @@ class OpticalFlow(EquilibriumModule):
         self._stream = self._last_frame = None
 
     def _evaluate(self, stage: str, errors: FlowErrors, batch: Batch, batch_index: int) -> None:
-        if batch[0].dim() == 5:
-            frames, *rest = batch
-            B, T, _, *size = frames.shape
-            target, valid, occluded = self._targets((B, T - 1), size, rest)
-            flow = self.observed(stage, batch_index, frames, forward=self._video).flatten(0, 1)
-            target, valid = target.flatten(0, 1), valid.flatten(0, 1)
-            occluded = None if occluded is None else occluded.flatten(0, 1)
-            image = frames[:, :-1].flatten(0, 1)
+        inputs, (target, valid, occluded) = self._inputs(batch)
+        image, *second = inputs
+        if second:
+            flow = self.observed(stage, batch_index, image, *second)
         else:
-            image, image2, target, valid, occluded = self._pair(batch)
-            flow = self.observed(stage, batch_index, image, image2)
+            flow = self.observed(stage, batch_index, image, forward=self._video).flatten(0, 1)
+            image = image[:, :-1].flatten(0, 1)
         errors.update(flow, target, valid, occluded)
         loss = self._distance(flow, target, valid)
         self.log(f"{stage}/loss", loss, on_epoch=True, prog_bar=True, batch_size=len(image), sync_dist=True)
@@ -259,14 +272,22 @@ class OpticalFlow(EquilibriumModule):
     def _flow_model(self) -> DEQFlow:
         return cast(DEQFlow, self.model)
 
-    def _pair(self, batch: Batch) -> Pair:
-        """The parts of a batch of pairs; None where it does not tell what is occluded."""
-        image1, image2, *rest = batch
-        B, _, *size = image1.shape
-        return image1, image2, *self._targets((B,), size, rest)
+    def _inputs(self, batch: Batch) -> tuple[tuple[Tensor, ...], Targets]:
+        """Two images, or the frames of sequences; and what is known of all pairs, one sequence after another."""
+        first, *rest = batch
+        if first.dim() == 5:
+            (B, T), size = first.shape[:2], first.shape[3:]
+            if T < 2:
+                raise InputError(f"sequences have two frames or more; given: frames of shape {tuple(first.shape)}")
+            flow, valid, occluded = self._targets((B, T - 1), size, rest)
+            return (first,), (
+                flow.flatten(0, 1), valid.flatten(0, 1), None if occluded is None else occluded.flatten(0, 1)
+            )  # fmt: skip
+        second, *rest = rest
+        return (first, second), self._targets(first.shape[:1], first.shape[2:], rest)
 
     @staticmethod
-    def _targets(rows: Sequence[int], size: Sequence[int], given: Batch) -> tuple[Tensor, Tensor, Tensor | None]:
+    def _targets(rows: Sequence[int], size: Sequence[int], given: Batch) -> Targets:
         """The flow, where it is known, and what is occluded, if that is given.
 
         Raises:

@@ -303,14 +303,10 @@ class DEQFlow(nn.Module):
             InputError: the images are not as described; see the class.
         """
         self.check_images(image1, image2)
-        size = image1.shape[2:]
         F1, F2 = self.features(torch.cat([image1, image2])).chunk(2)
-        inputs = self.injection(F1, F2, self.context(image1))
-        if trajectory is None:
-            z, _ = self.deq(*inputs)
-            return self.upsampled(FlowState(*z), size)
-        z, _, states = self.deq(*inputs, trajectory=trajectory)
-        return [self.upsampled(FlowState(*state), size) for state in (*states, z)]
+        states = self.solved(F1, F2, self.context(image1), trajectory=trajectory)
+        flows = [self.upsampled(state, image1.shape[2:]) for state in states]
+        return flows[-1] if trajectory is None else flows
 
     def estimate(self, image1: Tensor, image2: Tensor, start: FlowState | None = None) -> tuple[Tensor, FlowState]:
         """The flow, and the equilibrium that it was read off: a ``start`` for what is alike.
@@ -320,7 +316,7 @@ class DEQFlow(nn.Module):
         """
         self.check_images(image1, image2)
         F1, F2 = self.features(torch.cat([image1, image2])).chunk(2)
-        state = self.solved(F1, F2, self.context(image1), start)
+        (state,) = self.solved(F1, F2, self.context(image1), start)
         return self.upsampled(state, image1.shape[2:]), state
 
     def stream(self, warm_start: bool = True) -> FlowStream:
@@ -333,10 +329,11 @@ class DEQFlow(nn.Module):
         Raises:
             InputError: there are fewer than two frames, or they are not as described; see the class.
         """
-        if frames.dim() != 5 or frames.shape[1] < 2:
+        if not isinstance(frames, Tensor) or frames.dim() != 5 or frames.shape[1] < 2:
+            given = f"shape {tuple(frames.shape)}" if isinstance(frames, Tensor) else type(frames).__name__
             raise InputError(
-                f"video() takes frames (B, T, 3, H, W) with T >= 2; given: shape {tuple(frames.shape)}. "
-                "Of one video (T, 3, H, W), give frames.unsqueeze(0)"
+                f"video() takes frames (B, T, 3, H, W) with T >= 2; given: {given}. Of one video (T, 3, H, W), give "
+                "frames.unsqueeze(0); of a list of (B, 3, H, W), torch.stack(frames, dim=1)"
             )
         stream = self.stream(warm_start)
         flows = [stream(frame) for frame in frames.unbind(dim=1)]
@@ -359,23 +356,32 @@ class DEQFlow(nn.Module):
         pyramid = correlation_pyramid(F1, F2, self.corr_levels)
         return (context, pyramid) if self.attention is None else (context, pyramid, self.attention(context))
 
-    def solved(self, F1: Tensor, F2: Tensor, context: Tensor, start: FlowState | None = None) -> FlowState:
-        """The equilibrium of two feature maps and a context, from ``start`` or from rest.
+    def solved(
+        self,
+        F1: Tensor,
+        F2: Tensor,
+        context: Tensor,
+        start: FlowState | None = None,
+        trajectory: Trajectory | Sequence[int] | None = None,
+    ) -> list[FlowState]:
+        """The equilibrium of two feature maps and a context, from ``start`` or from rest; before it, a trajectory.
 
         Raises:
             InputError: the start has other shapes than the state.
         """
         inputs = self.injection(F1, F2, context)
         if start is not None:
-            wanted = [tuple(x.shape) for x in self.deq.cell.initial_state(*inputs)]  # type: ignore[operator]
-            given = [tuple(getattr(x, "shape", ())) for x in start]
+            rest = self.deq.cell.initial_state(*inputs)  # type: ignore[operator]
+            wanted, given = [tuple(x.shape) for x in rest], [tuple(getattr(x, "shape", ())) for x in start]
             if given != wanted:
                 raise InputError(
                     f"a start is a FlowState of images of the same size: h {wanted[0]} and flow {wanted[1]}; given: "
                     f"{' and '.join(map(str, given))}. Give start=None where another video begins"
                 )
-        z, _ = self.deq(*inputs, z0=None if start is None else tuple(start))
-        return FlowState(*z)
+            start = FlowState(*(x.to(z0.dtype) for x, z0 in zip(start, rest, strict=True)))
+        z0 = None if start is None else tuple(start)
+        z, _, *before = self.deq(*inputs, z0=z0, trajectory=trajectory)
+        return [FlowState(*state) for state in (*(before[0] if before else ()), z)]
 
     def upsampled(self, state: FlowState, size: Sequence[int]) -> Tensor:
         """The flow at the size (H, W) of the images, in pixels: each a convex combination of nine places' motions."""
@@ -410,9 +416,9 @@ class DEQFlow(nn.Module):
             )
 
     def _prepared(self, image: Tensor) -> Tensor:
-        """2 I - 1, padded."""
-        if image.dtype == torch.uint8:
-            image = image.to(next(self.parameters()).dtype) / 255
+        """2 I - 1, padded, in the dtype of the weights."""
+        scale = 255 if image.dtype == torch.uint8 else 1
+        image = image.to(next(self.parameters()).dtype) / scale
         return F.pad(2 * image - 1, self._pads(image.shape[2:]), mode="replicate")
 
     def _pads(self, size: Sequence[int]) -> tuple[int, int, int, int]:

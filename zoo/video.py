@@ -46,12 +46,19 @@ def moved_on(state: FlowState) -> FlowState:
         for corner_y in (to_y.floor(), to_y.floor() + 1):
             weight = (1 - (to_x - corner_x).abs()) * (1 - (to_y - corner_y).abs())
             inside = (corner_x >= 0) & (corner_x < width) & (corner_y >= 0) & (corner_y < height)
-            place = (corner_y * width + corner_x).where(inside, 0).long().view(B, 1, -1)
-            weighted = values * weight.where(inside, 0).view(B, 1, -1)
+            place = (corner_y * width + corner_x).where(inside, 0).long().flatten(1).unsqueeze(1)
+            weighted = values * weight.where(inside, 0).flatten(1).unsqueeze(1)
             arrived.scatter_add_(2, place.expand_as(values), weighted)
     total = arrived[:, -1:]
     mean = torch.where(total > 1e-3, arrived / total.clamp_min(1e-3), values).view(B, C + 3, height, width)
     return FlowState(mean[:, :C], mean[:, C : C + 2])
+
+
+def next_start(state: FlowState) -> FlowState:
+    """Where the next solve starts, without a gradient: the state :func:`moved_on`, or rest where it is not finite."""
+    h, flow = (x.detach() for x in state)
+    finite = (h.isfinite().flatten(1).all(dim=1) & flow.isfinite().flatten(1).all(dim=1)).view(-1, 1, 1, 1)
+    return moved_on(FlowState(h.where(finite, 0), flow.where(finite, 0)))
 
 
 class FlowStream:
@@ -101,15 +108,10 @@ class FlowStream:
         flow = None
         if self._before is not None:
             image1, F1, context = self._before
-            state = model.solved(F1, F2, context, self._start())
+            (state,) = model.solved(F1, F2, context, self._start())
             flow, self._state = model.upsampled(state, image1.shape[2:]), state
         self._before = frame, F2, model.context(frame)
         return flow
 
     def _start(self) -> FlowState | None:
-        """Where the next solve starts; a sample whose last solve failed starts from rest."""
-        if self._state is None or not self.warm_start:
-            return None
-        h, flow = self._state
-        finite = (h.isfinite().flatten(1).all(dim=1) & flow.isfinite().flatten(1).all(dim=1)).view(-1, 1, 1, 1)
-        return moved_on(FlowState(h.where(finite, 0), flow.where(finite, 0)))
+        return next_start(self._state) if self._state is not None and self.warm_start else None

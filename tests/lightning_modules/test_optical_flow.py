@@ -107,6 +107,28 @@ def test_an_unrolled_cell_has_the_loss_of_raft(losses: int, applications: list[i
     agree(found, module, torch.stack(terms).sum())
 
 
+@pytest.mark.parametrize("warm_start", [True, False])
+def test_sequences_are_trained_on_from_where_the_pair_before_ended(warm_start: bool) -> None:
+    """The loss is the mean of that of all pairs, without a gradient from one pair to the next."""
+    batch = batch_of(sequences(count=2, frames=3))
+    module = small(warm_start=warm_start, gradient=PhantomGradient(), sliced=False)
+    found = gradients(module, batch)
+    frames, target, valid, _ = batch
+    model, start, losses = module.model, None, []
+    model.context_encoder.train()
+    # BatchNorm sees the contexts of all pairs of the batch at once
+    contexts = model.context(frames[:, :-1].flatten(0, 1)).unflatten(0, (2, 2))
+    for t in range(2):
+        F1, F2 = model.features(frames[:, t]), model.features(frames[:, t + 1])
+        states = model.solved(F1, F2, contexts[:, t], start, Trajectory([2, 4], PhantomGradient()))
+        pair = [frames[:, t], frames[:, t + 1], target[:, t], valid[:, t]]
+        flows = [model.upsampled(state, frames.shape[3:]) for state in states]
+        losses.append(sum(0.8 ** (2 - k) * term(flow, pair) for k, flow in enumerate(flows)))
+        if warm_start:
+            start = zoo.video.moved_on(zoo.video.FlowState(*(x.detach() for x in states[-1])))
+    agree(found, module, torch.stack(losses).mean())
+
+
 def test_fast_pixels_are_left_out() -> None:
     batch = batch_of(pairs(2))
     batch[3].fill_(True)
@@ -328,12 +350,16 @@ def test_batches_that_do_not_fit(change: Any, message: str) -> None:
         trainer().validate(small(), DataLoader([0], collate_fn=lambda _: batch), verbose=False)
 
 
-def test_sequences_are_not_trained_on() -> None:
+def test_sequences_are_not_predicted() -> None:
     message = r"given sequences, frames of shape \(2, 4, 3, 16, 24\): give it pairs \(--data.frames 2\)"
-    with pytest.raises(zoo.InputError, match=f"trained on pairs of images, and was {message}"):
-        gradients(small(), batch_of(sequences()))
     with pytest.raises(zoo.InputError, match=f"predicts of pairs of images, and was {message}"):
         small().predict_step(batch_of(sequences()), 0)
+
+
+def test_a_sequence_has_two_frames() -> None:
+    frames, flow, *masks = batch_of(sequences())
+    with pytest.raises(zoo.InputError, match="two frames or more; given: frames of shape"):
+        gradients(small(), [frames[:, :1], flow[:, :0], *(mask[:, :0] for mask in masks)])
 
 
 @pytest.mark.parametrize(

@@ -153,6 +153,20 @@ def test_bytes_are_floats_times_255() -> None:
     torch.testing.assert_close(flow(*whole), flow(*(whole / 255)))
 
 
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_images_of_another_precision_are_computed_in_that_of_the_weights(dtype: torch.dtype) -> None:
+    flow = model(unrolled=2)
+    pair = images(2, 1, 3, 32, 40).bfloat16()
+    found, state = flow.estimate(*pair.to(dtype))
+    assert found.dtype == torch.float32
+    expected, _ = flow.estimate(*pair.float())
+    torch.testing.assert_close(found, expected)
+    start = zoo.FlowState(*(x.double() for x in state))
+    torch.testing.assert_close(
+        flow.estimate(*pair.float(), start=start)[0], flow.estimate(*pair.float(), start=state)[0]
+    )
+
+
 def test_features_can_be_normalised() -> None:
     features = model(normalize_features=True).features(images(2, 3, 40, 48))
     torch.testing.assert_close(features.mean(dim=(2, 3)), torch.zeros(2, 8), rtol=0, atol=1e-5)

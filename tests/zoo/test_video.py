@@ -117,6 +117,15 @@ def test_a_new_video_begins_after_a_reset() -> None:
     assert stream(images(1, 3, 32, 48)) is None
 
 
+def test_no_videos_at_all() -> None:
+    assert model(unrolled=2).video(images(0, 4, 3, 32, 40)).shape == (0, 3, 2, 32, 40)
+
+
+def test_a_list_is_no_video() -> None:
+    with pytest.raises(zoo.InputError, match=r"given: list.*torch.stack\(frames, dim=1\)"):
+        model().video([images(1, 3, 32, 40)] * 3)  # type: ignore[arg-type]
+
+
 @pytest.mark.parametrize("shape", [(4, 3, 32, 40), (1, 1, 3, 32, 40)])
 def test_a_video_has_frames(shape: tuple[int, ...]) -> None:
     with pytest.raises(zoo.InputError, match=r"takes frames \(B, T, 3, H, W\) with T >= 2"):
