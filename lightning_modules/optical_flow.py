@@ -16,7 +16,7 @@ from zoo.flow import DEQFlow
 from zoo.implicit import PhantomGradient, SolverReport, Trajectory
 from zoo.implicit.solvers.base import is_count
 from zoo.implicit.trajectory import fixed_point_correction
-from zoo.video import FlowStream, next_start
+from zoo.video import FlowStream
 
 from .base import EquilibriumModule
 from .flow_files import comparison
@@ -39,8 +39,9 @@ class OpticalFlow(EquilibriumModule):
     ``/f1_all``, ``/epe_per_image``, ``/epe_zero`` and where the data tell it ``/epe_visible`` and ``/epe_occluded``,
     beside the solver's statistics. The first samples of each validation are drawn: see :func:`log_picture`.
 
-    Sequences are videos: each pair of neighbours is solved from where the pair before ended, in training too, without
-    a gradient from one to the next. In validation and testing the solver's statistics are those of a frame.
+    Sequences are videos: each pair of neighbours is solved from the flow of the pair before, in training too (without a
+    gradient from one to the next, and not while the cell is unrolled). In validation and testing the solver's
+    statistics are those of a frame.
     Prediction of data that say that they are in order, by an attribute ``in_order``, in batches of one pair, does so
     as well, as long as each pair begins with the image with which the one before ended.
 
@@ -135,17 +136,25 @@ class OpticalFlow(EquilibriumModule):
         return cast(list[Tensor], model(image1, image2, trajectory=trajectory))
 
     def _states_of_video(self, frames: Tensor) -> list[Tensor]:
-        """The same of all pairs of neighbours, one sequence after another, each solved from where it would start."""
+        """The same of all pairs of neighbours, one sequence after another.
+
+        Each is solved from where a video's solve would start. An unrolled cell takes all of them at once, from rest.
+        """
         model, trajectory = self._flow_model, self._trajectory()
         B, T, _, *size = frames.shape
         model.check_images(frames[:, 0], frames[:, 1])
         features = model.features(frames.flatten(0, 1)).unflatten(0, (B, T))
         contexts = model.context(frames[:, :-1].flatten(0, 1)).unflatten(0, (B, T - 1))
+        F1, F2 = features[:, :-1], features[:, 1:]
+        if model.deq.unrolled is not None or not self.warm_start:
+            F1, F2, contexts = (x.flatten(0, 1) for x in (F1, F2, contexts))
+            states = model.solved(F1, F2, contexts, trajectory=trajectory)
+            return [model.upsampled(state, size) for state in states]
         start, flows = None, []
         for t in range(T - 1):
-            states = model.solved(features[:, t], features[:, t + 1], contexts[:, t], start, trajectory)
+            states = model.solved(F1[:, t], F2[:, t], contexts[:, t], start, trajectory)
             flows.append([model.upsampled(state, size) for state in states])
-            start = next_start(states[-1]) if self.warm_start else None
+            start = model.next_start(states[-1])
         return [torch.stack(of_pairs, dim=1).flatten(0, 1) for of_pairs in zip(*flows, strict=True)]
 
     def _trajectory(self) -> Trajectory | None:

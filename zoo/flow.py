@@ -34,7 +34,7 @@ from .implicit import (
 )
 from .implicit.solvers.base import is_count
 from .registry import register_model
-from .video import FlowState, FlowStream
+from .video import FlowState, FlowStream, moved_on
 
 Padding = Literal["both", "bottom"]
 STRIDE = 8
@@ -319,12 +319,14 @@ class DEQFlow(nn.Module):
         (state,) = self.solved(F1, F2, self.context(image1), start)
         return self.upsampled(state, image1.shape[2:]), state
 
-    def stream(self, warm_start: bool = True) -> FlowStream:
+    def stream(self, warm_start: bool = True, steps: int | None = None) -> FlowStream:
         """Takes the frames of a video one by one: see :class:`FlowStream`."""
-        return FlowStream(self, warm_start)
+        return FlowStream(self, warm_start, steps)
 
-    def video(self, frames: Tensor, warm_start: bool = True) -> Tensor:
+    def video(self, frames: Tensor, warm_start: bool = True, steps: int | None = None) -> Tensor:
         """The flow from each frame to the next: ``(B, T, 3, H, W)`` -> ``(B, T - 1, 2, H, W)``, T >= 2.
+
+        ``warm_start`` and ``steps`` are those of :class:`FlowStream`.
 
         Raises:
             InputError: there are fewer than two frames, or they are not as described; see the class.
@@ -335,7 +337,7 @@ class DEQFlow(nn.Module):
                 f"video() takes frames (B, T, 3, H, W) with T >= 2; given: {given}. Of one video (T, 3, H, W), give "
                 "frames.unsqueeze(0); of a list of (B, 3, H, W), torch.stack(frames, dim=1)"
             )
-        stream = self.stream(warm_start)
+        stream = self.stream(warm_start, steps)
         flows = [stream(frame) for frame in frames.unbind(dim=1)]
         return torch.stack([flow for flow in flows if flow is not None], dim=1)
 
@@ -383,12 +385,29 @@ class DEQFlow(nn.Module):
         z, _, *before = self.deq(*inputs, z0=z0, trajectory=trajectory)
         return [FlowState(*state) for state in (*(before[0] if before else ()), z)]
 
-    def upsampled(self, state: FlowState, size: Sequence[int]) -> Tensor:
-        """The flow at the size (H, W) of the images, in pixels: each a convex combination of nine places' motions."""
+    def upsampled(self, state: FlowState, size: Sequence[int] | None = None) -> Tensor:
+        """The flow in pixels, each a convex combination of nine places' motions.
+
+        Shape:
+            ``(B, 2, H, W)`` for images of this size (H, W), or of the padded ones, ``(B, 2, 8 h, 8 w)``.
+        """
         flow: Tensor = raft.upsample_flow(state.flow, self.mask_predictor(state.h))
+        if size is None:
+            return flow
         left, _, top, _ = self._pads(size)
         H, W = size
         return flow[:, :, top : top + H, left : left + W]
+
+    @torch.no_grad()
+    def next_start(self, state: FlowState) -> FlowState:
+        """Where the solve of the next pair of a video starts: the flow :func:`~zoo.video.moved_on`, and h = 0.
+
+        Where a solve failed, at rest. The flow is moved pixel by pixel, and then averaged: at places of 8 pixels it
+        would lose the edges of what moves.
+        """
+        flow = F.avg_pool2d(moved_on(self.upsampled(state)), STRIDE) / STRIDE
+        finite = flow.isfinite().flatten(1).all(dim=1).view(-1, 1, 1, 1)
+        return FlowState(torch.zeros_like(state.h), flow.to(state.flow.dtype).where(finite, 0))
 
     def check_images(self, image1: Tensor, image2: Tensor) -> None:
         """Raise InputError unless these are two images, as the class takes them."""

@@ -125,8 +125,18 @@ def test_sequences_are_trained_on_from_where_the_pair_before_ended(warm_start: b
         flows = [model.upsampled(state, frames.shape[3:]) for state in states]
         losses.append(sum(0.8 ** (2 - k) * term(flow, pair) for k, flow in enumerate(flows)))
         if warm_start:
-            start = zoo.video.moved_on(zoo.video.FlowState(*(x.detach() for x in states[-1])))
+            start = model.next_start(states[-1])
     agree(found, module, torch.stack(losses).mean())
+
+
+def test_pairs_of_sequences_are_alike_while_the_cell_is_unrolled() -> None:
+    frames, target, valid, occluded = batch_of(sequences(count=2, frames=3))
+    found = gradients(small(pretrain_steps=1, pretrain_depth=3), [frames, target, valid, occluded])
+    known = (x.flatten(0, 1) for x in (target, valid, occluded))
+    pairs = [frames[:, :-1].flatten(0, 1), frames[:, 1:].flatten(0, 1), *known]
+    expected = gradients(small(pretrain_steps=1, pretrain_depth=3), pairs)
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value, rtol=1e-4, atol=1e-6)
 
 
 def test_fast_pixels_are_left_out() -> None:

@@ -14,41 +14,44 @@ from zoo.implicit import FixedPointIteration
 from zoo.video import FlowState, moved_on
 
 
-def state(flow: Tensor, C: int = 3) -> FlowState:
-    B, _, h, w = flow.shape
-    return FlowState(torch.randn(B, C, h, w, generator=torch.Generator().manual_seed(0)), flow)
-
-
-def test_what_moves_by_whole_places_is_shifted() -> None:
-    before = state(torch.tensor([2.0, -1.0]).view(1, 2, 1, 1).expand(1, 2, 5, 6))
-    after = moved_on(before)
-    torch.testing.assert_close(after.h[:, :, :-1, 2:], before.h[:, :, 1:, :-2])
-    torch.testing.assert_close(after.flow, before.flow)
-    torch.testing.assert_close(after.h[:, :, -1], before.h[:, :, -1])  # nothing arrives there
-    torch.testing.assert_close(after.h[:, :, :, :2], before.h[:, :, :, :2])
+def test_what_moves_by_whole_pixels_is_shifted() -> None:
+    flow = torch.zeros(1, 2, 5, 6)
+    flow[:, 0], flow[:, 1] = 2.0, -1.0
+    flow[:, 0, 3, 1] = 3.0  # from (1, 3) to (4, 2)
+    after = moved_on(flow)
+    expected = flow.clone()
+    expected[:, 0, 3, 1] = 3.0  # nothing comes there: (-1, 4) is outside
+    expected[:, 0, 2, 3] = 2.0  # where it would have gone with the others nothing arrives
+    expected[:, 0, 2, 4] = 2.5  # two arrive
+    torch.testing.assert_close(after, expected)
 
 
 def test_what_stays_is_unchanged() -> None:
-    before = state(torch.zeros(2, 2, 4, 5))
-    for found, expected in zip(moved_on(before), before, strict=True):
-        torch.testing.assert_close(found, expected)
+    still = torch.zeros(2, 2, 4, 5)
+    assert torch.equal(moved_on(still), still)
 
 
-def test_what_moves_between_places_is_shared_by_its_distance() -> None:
+def test_what_moves_between_pixels_is_shared_by_its_distance() -> None:
     flow = torch.zeros(1, 2, 1, 4)
-    flow[0, 0, 0, 1] = 1.25  # from 1 to 2.25
-    flow[0, 0, 0, 3] = 9.0  # out of the image
-    before = FlowState(torch.tensor([[[[1.0, 2.0, 3.0, 4.0]]]]), flow)
-    h = moved_on(before).h.flatten()
-    assert h.tolist() == pytest.approx([1.0, 2.0, (0.75 * 2 + 3) / 1.75, 2.0])  # place 3 gets a quarter of 2 alone
+    flow[0, 0, 0] = torch.tensor([0.0, 1.25, 0.0, 9.0])  # from 1 to 2.25; the last one leaves the image
+    assert moved_on(flow)[0, 0].flatten().tolist() == pytest.approx([0, 1.25, 0.75 * 1.25 / 1.75, 1.25])
 
 
 def test_each_sample_moves_by_itself() -> None:
-    before = state(torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(1)))
-    joint = moved_on(before)
-    for b in range(3):
-        alone = moved_on(FlowState(before.h[b : b + 1], before.flow[b : b + 1]))
-        torch.testing.assert_close(joint.h[b : b + 1], alone.h)
+    flow = torch.randn(3, 2, 4, 5, generator=torch.Generator().manual_seed(1))
+    torch.testing.assert_close(moved_on(flow), torch.cat([moved_on(one) for one in flow.split(1)]))
+
+
+def test_the_next_start_is_the_flow_moved_on_in_places_of_eight_pixels() -> None:
+    flow = model()
+    state = FlowState(torch.randn(2, 8, 4, 5), torch.randn(2, 2, 4, 5))
+    start = flow.next_start(state)
+    pixels = moved_on(flow.upsampled(state)).detach()
+    torch.testing.assert_close(start.flow, pixels.unflatten(2, (4, 8)).unflatten(4, (5, 8)).mean(dim=(3, 5)) / 8)
+    assert not start.h.any()
+    state.flow[0, 0, 0, 0] = torch.nan
+    assert not flow.next_start(state).flow[0].any()
+    torch.testing.assert_close(flow.next_start(state).flow[1], start.flow[1])
 
 
 def video(T: int = 4, B: int = 1) -> Tensor:
@@ -66,22 +69,20 @@ def test_without_warm_start_a_stream_gives_what_pairs_give() -> None:
         torch.testing.assert_close(found[:, t], expected, rtol=1e-4, atol=1e-4)
 
 
-def test_a_warm_start_takes_fewer_steps_to_the_same_flow() -> None:
-    """In a scene that does not change, a solve from the equilibrium has next to nothing to do."""
-    flow = model(contracting=True, solver=FixedPointIteration(tol=1e-5, max_steps=100))
-    frames = [images(1, 3, 32, 40)] * 4
-    steps: dict[bool, list[int]] = {}
-    flows: dict[bool, list[Tensor]] = {}
-    for warm_start in (False, True):
-        stream = flow.stream(warm_start)
-        flows[warm_start], steps[warm_start] = [], []
-        for frame in frames:
-            if (found := stream(frame)) is not None:
-                flows[warm_start].append(found)
-                steps[warm_start].append(int(flow.deq.report.steps[0]))
-    assert steps[True][0] == steps[False][0]
-    assert steps[True][1] < steps[False][1]
-    torch.testing.assert_close(flows[True][2], flows[False][2], rtol=1e-3, atol=1e-3)
+def test_a_warm_start_begins_at_the_flow_of_the_pair_before_and_ends_at_the_same_flow() -> None:
+    flow = model(contracting=True, solver=FixedPointIteration(tol=1e-6, max_steps=100))
+    frames = video(T=4, B=2)
+    starts: list[Any] = []
+    flow.deq.register_forward_pre_hook(lambda _, x, options: starts.append(options["z0"]), with_kwargs=True)
+    warm = flow.video(frames)
+    first, second, third = starts
+    assert first is None
+    for t, start in ((1, second), (2, third)):
+        _, state = flow.estimate(frames[:, t - 1], frames[:, t])
+        for found, expected in zip(start, flow.next_start(state), strict=True):
+            torch.testing.assert_close(found, expected, rtol=1e-3, atol=1e-3)
+        assert start[1].abs().max() > 0
+    torch.testing.assert_close(warm, flow.video(frames, warm_start=False), rtol=1e-3, atol=1e-3)
 
 
 def test_features_of_a_frame_are_computed_once() -> None:
@@ -90,6 +91,21 @@ def test_features_of_a_frame_are_computed_once() -> None:
     flow.feature_encoder.register_forward_hook(lambda *_: calls.append(1))
     flow.video(video(T=4))
     assert len(calls) == 4
+
+
+def test_a_few_steps_from_the_second_pair_on() -> None:
+    flow = model(contracting=True)
+    stream, frames = flow.stream(steps=2), video(T=4)
+    made = []
+    for t in range(4):
+        found = stream(frames[:, t])
+        made.append(None if found is None else flow.deq.report.steps.tolist())
+    assert made[0] is None
+    assert made[1] > [2]
+    assert made[2:] == [[2], [2]]
+    assert flow.deq.unrolled is None
+    with pytest.raises(ValueError, match=r"stream\(steps=...\) takes an integer >= 1"):
+        flow.stream(steps=0)
 
 
 def test_nothing_is_recorded() -> None:
