@@ -22,7 +22,7 @@ check: $(VENV)/installed-dev
 	$(BIN)/mypy
 
 weights: $(VENV)/installed
-	$(BIN)/python cli.py fit -c $(CONFIG) --trainer.accelerator cpu --trainer.logger.name published
+	$(BIN)/python cli.py fit -c $(CONFIG) $(ARGS) --trainer.accelerator cpu --trainer.logger.name published
 	$(BIN)/python examples/publish_weights.py \
 		"$$(ls -td runs/published/version_*/checkpoints/best.ckpt | head -n 1)"
 

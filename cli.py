@@ -111,7 +111,7 @@ class ZooCLI(LightningCLI):
             save_config_callback=SaveConfig,
             trainer_defaults={
                 "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": ""}},
-                "callbacks": [lightning_modules.InterruptCheckpoint(), lightning_modules.PredictionWriter()],
+                "callbacks": [lightning_modules.InterruptCheckpoint()],
             },
             seed_everything_default=0,
             parser_class=Parser,
@@ -122,6 +122,7 @@ class ZooCLI(LightningCLI):
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what the zoo has beyond Lightning's arguments."""
         parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(lightning_modules.PredictionWriter, "predictions")
         parser.set_defaults(
             {
                 "checkpoint.monitor": "val/loss",
@@ -214,8 +215,11 @@ class ZooCLI(LightningCLI):
                         f"fit --ckpt_path goes on with the optimizer state of {path}, which is one of {was}, not of "
                         f"{now}. To train with another optimizer, start a fit without --ckpt_path"
                     )
-                rank_zero_info(f"{key}: {_short(now)} as given, in place of {_short(was)} in {path}")
                 name = key.removeprefix("model.").partition(".")[0]
+                if name in {"weights_from", "pretrained", "backbone"}:
+                    rank_zero_info(f"{key}={_short(now)} has no effect here: all weights are those of {path}")
+                    continue
+                rank_zero_info(f"{key}: {_short(now)} as given, in place of {_short(was)} in {path}")
                 if subcommand == "fit" and name in {"lr", "weight_decay", "schedule", "optimizer_args"}:
                     warnings.warn(
                         f"{key}={_short(now)} has NO effect here: fit --ckpt_path goes on with the optimizer state "

@@ -75,8 +75,8 @@ class FramesDataModule(LightningDataModule):
         super().__init__()
         if bool(root) == (images is not None):
             raise ValueError(
-                "FramesDataModule takes a folder, root, or a list of images, and not both; "
-                f"given: root={root!r} and images={images!r}"
+                "FramesDataModule takes a folder, root (--data.root), or a list of images (--data.images), and not "
+                f"both; given: root={root!r} and images={images!r}"
             )
         self.save_hyperparameters()
         self.root = root
@@ -90,8 +90,8 @@ class FramesDataModule(LightningDataModule):
 
         Raises:
             FileNotFoundError: the folder or an image is not there.
-            DataError: there are fewer than two images, one of them does not open or has more than 8 bits a colour, or
-                two neighbours differ in size.
+            DataError: there are fewer than two images, one of them does not open or has grey values of more than 8
+                bits, or two neighbours differ in size.
         """
         files = self._in_folder() if self.images is None else [Path(image) for image in self.images]
         if len(files) < 2:
@@ -117,7 +117,7 @@ class FramesDataModule(LightningDataModule):
         """Find the frames, so that what is wrong with them is found before the first pair.
 
         Raises:
-            ValueError: the stage is not ``"predict"``; see :attr:`files` too.
+            DataError: the stage is not ``"predict"``; see :attr:`files` too.
         """
         if stage not in {None, "predict"}:
             self._refuse()
@@ -141,7 +141,7 @@ class FramesDataModule(LightningDataModule):
         self._refuse()
 
     def _refuse(self) -> NoReturn:
-        raise ValueError(
+        raise DataError(
             "FramesDataModule has no ground truth to train on or to test with: it is for predict. "
             "Use a set with flow, such as SyntheticFlowDataModule or SintelDataModule"
         )
@@ -167,7 +167,7 @@ def _size(file: Path) -> tuple[int, int]:
 
     Raises:
         FileNotFoundError: there is no such file.
-        DataError: it is not an image, or not one of 8 bits a colour.
+        DataError: it is not an image, or has grey values of more than 8 bits.
     """
     try:
         with Image.open(file) as image:

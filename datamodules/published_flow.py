@@ -172,7 +172,7 @@ def held_out(train: FlowFiles, whole: FlowFiles, fraction: float) -> Splits[Data
         return Splits(train, whole, whole)
     kept = len(whole) - max(1, round(fraction * len(whole)))
     if not 0 < fraction < 1 or kept < 1:
-        raise ValueError(
+        raise DataError(
             f"held_out is the fraction of the {len(whole)} pairs that are not trained on, from 0 to below 1, "
             f"and leaves at least one; given: {fraction!r}"
         )

@@ -5,6 +5,7 @@ python examples/draw_flow.py docs/flow.png
 
 import sys
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -18,7 +19,7 @@ WEIGHTS, SAMPLES, LARGER = "deq_flow_nano.synthetic", 4, 2
 
 def main(path: str) -> None:
     """Write a PNG file of the first test pairs; both flows of a pair are on one scale of colours."""
-    model = zoo.load_pretrained(WEIGHTS)
+    model: Any = zoo.load_pretrained(WEIGHTS)
     data = SyntheticFlowDataModule(batch_size=SAMPLES, height=96, width=128)
     image1, image2, target, *_ = next(iter(data.test_dataloader()))
     with torch.no_grad():

@@ -15,31 +15,31 @@ import zoo
 from lightning_modules.checkpoints import read_checkpoint
 from zoo.weights import WeightsRecord, save_record, sha256_of, write_table
 
-# What a record says about the data: the tag of the name, what follows the model in the recipe's file name, what it was
+# What a record says about the data: the tag of the name, what follows the model in the recipe, what it was
 # trained on (of the data module and the length of its training part), and what the model takes.
 DATA = {
     "DigitsDataModule": (
         "digits",
-        "_digits",
+        "_digits.yaml",
         "scikit-learn digits: 1,257 training images of the fixed split in datamodules/digits.py",
         "images (B, 1, 8, 8) in [0, 1], that is scikit-learn's pixels / 16; the model normalises",
     ),
     "DigitScenesDataModule": (
         "digit_scenes",
-        "",
+        ".yaml",
         "scenes of the 1,257 training digits of scikit-learn, drawn anew in each epoch by datamodules/scenes.py",
         "images (B, 1, H, W) in [0, 1], bright strokes on black; the model normalises and pads",
     ),
     "PyDocsDataModule": (
         "pydocs",
-        "_pydocs",
+        "_pydocs.yaml",
         "the documentation in Python {data.python_version}, topics of help() and docstrings: {bytes:,} training bytes "
         "of the fixed split in datamodules/pydocs.py",
         "the bytes of a text in UTF-8, int64 (B, L); generate() takes text",
     ),
     "SyntheticFlowDataModule": (
         "synthetic",
-        "_synthetic",
+        "_synthetic_video.yaml ARGS='--model.weights_from CHECKPOINT', one of configs/deq_flow_nano_synthetic.yaml",
         "layers cut out of the training bands of scikit-learn's two photographs, moved anew in each epoch by "
         "datamodules/synthetic_flow.py",
         "two images (B, 3, H, W) in [0, 1], of any size; the model scales and pads",
@@ -71,7 +71,7 @@ def main(checkpoint: str, name: str | None = None) -> None:
         sha256=sha256_of(path.read_bytes()),
         num_parameters=sum(p.numel() for p in module.model.parameters()),
         trained_on=trained_on.format(data=data, bytes=len(data.splits.train)),
-        recipe=f"make weights CONFIG=configs/{spec.model}{suffix}.yaml",
+        recipe=f"make weights CONFIG=configs/{spec.model}{suffix}",
         metrics={},
         licence="MIT",
         preprocessing=preprocessing,

@@ -330,8 +330,12 @@ class EquilibriumModule(pl.LightningModule):
         # The penalty is taken under the dropout masks of the solve.
         with one_draw(), self._solving(unrolled, jitter), self._calls_recorded() as calls:
             output = model(*inputs)
-            penalties = [jacobian_penalty(deq.cell, z, *x, probes=self.jacobian_probes) for deq, x, z in calls]
-        penalty = torch.stack([values.mean() for values in penalties]).sum()
+            penalties: dict[DEQ, list[Tensor]] = {}
+            for deq, x, z in calls:
+                values = jacobian_penalty(deq.cell, z, *x, probes=self.jacobian_probes)
+                penalties.setdefault(deq, []).append(values.mean())
+        # Of several calls of a layer, as for the pairs of a video, the mean.
+        penalty = torch.stack([torch.stack(of_layer).mean() for of_layer in penalties.values()]).sum()
         self.log("train/jacobian", penalty.detach())
         return output, weight * penalty
 

@@ -28,12 +28,12 @@ def write_flo(path: Path, flow: Tensor) -> None:
 def write_kitti(path: Path, flow: Tensor) -> None:
     """Flow ``(2, H, W)``, in pixels, as a PNG file of 16 bits (Menze and Geiger, "Object Scene Flow", 2015).
 
-    Red is 64 u + 2^15, green is 64 v + 2^15, rounded to whole numbers, and blue is 1 where the flow is known, here
-    everywhere. The format has no room for less than -512 or more than 511.98 pixels: such values are cut to that.
+    Red is 64 u + 2^15, green is 64 v + 2^15, rounded to whole numbers, and blue is 1 where the flow is known. Pixels
+    whose flow is not finite, or for which the format has no room, below -512 or above 511.98, are written as not known.
     """
-    known = torch.ones_like(flow[:1])
-    values = torch.cat([(64 * flow.double() + 2**15).round().clamp(0, 2**16 - 1), known])
-    write_png(path, values.to(torch.int32))
+    values = (64 * flow.double() + 2**15).round()
+    known = ((values >= 0) & (values < 2**16)).all(dim=0, keepdim=True)
+    write_png(path, torch.cat([values.where(known, 0), known]).to(torch.int32))
 
 
 def longest(flow: Tensor) -> Tensor:
@@ -76,11 +76,12 @@ def comparison(image: Tensor, target: Tensor, flow: Tensor, samples: int = 3) ->
         samples: at most so many.
 
     Returns:
-        uint8 ``(3, samples H, 3 W)``. Both flows of a sample are on one scale, whose end is the longest of the target.
+        uint8 ``(3, samples H, 3 W)``. Both flows of a sample are on one scale, whose end is the longest of the target,
+        or of what was found where that does not move.
     """
     rows = []
     for one, true, found in zip(image[:samples], target[:samples], flow[:samples], strict=True):
-        scale = longest(true)
+        scale = longest(true) or longest(found)
         pixels = (255 * one.float().cpu().clamp(0, 1)).round().to(torch.uint8)
         rows.append(torch.cat([pixels, colour_picture(true, scale), colour_picture(found, scale)], dim=2))
     return torch.cat(rows, dim=1)

@@ -95,10 +95,11 @@ class OpticalFlow(EquilibriumModule):
             freeze_batch_norm=freeze_batch_norm,
             warm_start=warm_start,
         )
-        if sliced and losses > 1 and self._flow_model.deq.gradient.through_solver:
+        deq = self._flow_model.deq
+        if sliced and losses > 1 and deq.gradient.through_solver and deq.unrolled is None:
             raise ValueError(
                 "sliced=True cuts the solve, and an unrolled gradient would know the last slice only: take another "
-                f"gradient than {self._flow_model.deq.gradient}, or sliced=False"
+                f"gradient than {deq.gradient}, or sliced=False"
             )
         self.gamma = gamma
         self.losses = losses
@@ -150,11 +151,13 @@ class OpticalFlow(EquilibriumModule):
             F1, F2, contexts = (x.flatten(0, 1) for x in (F1, F2, contexts))
             states = model.solved(F1, F2, contexts, trajectory=trajectory)
             return [model.upsampled(state, size) for state in states]
-        start, flows = None, []
+        start, flows, reports = None, [], []
         for t in range(T - 1):
             states = model.solved(F1[:, t], F2[:, t], contexts[:, t], start, trajectory)
             flows.append([model.upsampled(state, size) for state in states])
+            reports.append(cast(SolverReport, model.deq.report))
             start = model.next_start(states[-1])
+        model.deq.report = _joined(reports)
         return [torch.stack(of_pairs, dim=1).flatten(0, 1) for of_pairs in zip(*flows, strict=True)]
 
     def _trajectory(self) -> Trajectory | None:
@@ -292,12 +295,17 @@ class OpticalFlow(EquilibriumModule):
             return (first,), (
                 flow.flatten(0, 1), valid.flatten(0, 1), None if occluded is None else occluded.flatten(0, 1)
             )  # fmt: skip
+        if not rest:
+            raise InputError(
+                "a batch of OpticalFlow is (image1, image2, flow, valid), or the same with occluded; given: one tensor "
+                f"of shape {tuple(first.shape)}"
+            )
         second, *rest = rest
         return (first, second), self._targets(first.shape[:1], first.shape[2:], rest)
 
     @staticmethod
     def _targets(rows: Sequence[int], size: Sequence[int], given: Batch) -> Targets:
-        """The flow, where it is known, and what is occluded, if that is given.
+        """The flow, where it is known and finite, and what is occluded, if that is given.
 
         Raises:
             InputError: there are fewer or more of them, or one has another shape or dtype than it should.
@@ -320,7 +328,8 @@ class OpticalFlow(EquilibriumModule):
                     f"{name} is bool, one a pixel, here of shape {(*rows, *size)}; given: {mask.dtype} of shape "
                     f"{tuple(mask.shape)}"
                 )
-        return flow, masks[0], masks[1] if len(masks) == 2 else None
+        finite = flow.isfinite().all(dim=-3)
+        return flow.where(finite.unsqueeze(-3), 0), masks[0] & finite, masks[1] if len(masks) == 2 else None
 
 
 def _joined(reports: Sequence[SolverReport]) -> SolverReport:

@@ -98,6 +98,7 @@ class FlowCell(nn.Module):
         gma: also give the GRU the global motion, for which f takes an attention.
         all_grad: whether gradients flow through v. If not, v is a constant to f in train mode, as in RAFT and in the
             published training on FlyingChairs: that is a rule of training, not the derivative of f.
+        weight_norm: normalise the weights of all convolutions.
 
     Shape:
         state (h ``(B, C, h, w)``, v ``(B, 2, h, w)`` in places), context ``(B, C, h, w)``, a pyramid of

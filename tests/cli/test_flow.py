@@ -101,6 +101,35 @@ def test_flow_of_a_folder_of_frames(moved: Fitted, frames: Path, tmp_path: Path)
     assert np.abs(written[0][1] - written[1][1]).max() > 1e-4
 
 
+@pytest.mark.filterwarnings("ignore:.*decode.*:DeprecationWarning")
+def test_flow_as_kitti_has_it(moved: Fitted, frames: Path, tmp_path: Path) -> None:
+    files = [str(frames / f"frame_{number}.png") for number in (1, 2)]
+    data = ("--data", "FramesDataModule", f"--data.images=[{', '.join(files)}]", "--data.root=")
+    with contextlib.chdir(tmp_path):
+        main("predict", "--ckpt_path", moved.best, *data, "--predictions.flow_format", "kitti")
+    (table,) = tmp_path.rglob("predictions.csv")
+    (row,) = rows(table)
+    with Image.open(table.parent / row["flow"]) as png:
+        assert png.size == (51, 37)
+    assert not list(tmp_path.rglob("*.flo"))
+
+
+@pytest.mark.parametrize("verb", ["test", "validate"])
+def test_frames_have_no_truth(verb: str, moved: Fitted, frames: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with contextlib.chdir(frames.parent):
+        arguments = ("--ckpt_path", moved.best, "--data", "FramesDataModule", "--data.root", str(frames))
+        with pytest.raises(SystemExit):
+            main(verb, *arguments)
+    assert "error: FramesDataModule has no ground truth to train on or to test with" in capsys.readouterr().err
+
+
+def test_sequences_are_trained_on(tmp_path: Path) -> None:
+    with contextlib.chdir(tmp_path):
+        run = fit(*TYPED, *SHORT, "--data.frames", "3")
+    (row,) = [row for row in rows(run.folder / "metrics.csv") if row["train/epe"]]
+    assert float(row["train/epe"]) > 0
+
+
 def test_a_run_is_resumed(moved: Fitted) -> None:
     again = fit("--ckpt_path", moved.last, *SHORT, "--trainer.max_epochs", "2", "--test_after_fit", "false")
     assert [row["step"] for row in rows(again.folder / "metrics.csv") if row["train/loss"]] == ["2", "3"]
@@ -116,6 +145,15 @@ def test_a_stage_starts_from_the_weights_of_another(moved: Fitted) -> None:
     assert config["model"]["init_args"]["weights_from"] == moved.last, "the configuration is the run's"
 
 
+def test_weights_of_a_checkpoint_come_before_those_of_a_stage(
+    moved: Fitted, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with contextlib.chdir(tmp_path), caplog.at_level("INFO"):
+        main("test", "--ckpt_path", moved.best, "--model.weights_from", moved.best)
+    assert f"has no effect here: all weights are those of {moved.best}" in caplog.text
+    assert "as given, in place of" not in caplog.text
+
+
 def test_its_weights_are_published(moved: Fitted, weights_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     example = str(ROOT / "examples" / "publish_weights.py")
     monkeypatch.setattr(sys, "argv", [example, moved.best])
@@ -124,7 +162,8 @@ def test_its_weights_are_published(moved: Fitted, weights_folder: Path, monkeypa
     (tested,) = [row for row in rows(moved.folder / "metrics.csv") if row["test/epe"]]
     assert (record.name, record.recipe) == (
         "deq_flow_nano.synthetic",
-        "make weights CONFIG=configs/deq_flow_nano_synthetic.yaml",
+        "make weights CONFIG=configs/deq_flow_nano_synthetic_video.yaml ARGS='--model.weights_from CHECKPOINT', one of "
+        "configs/deq_flow_nano_synthetic.yaml",
     )
     assert record.metrics["test_epe"] == pytest.approx(float(tested["test/epe"]))
     assert record.metrics["test_epe_zero"] == pytest.approx(float(tested["test/epe_zero"]))
@@ -136,7 +175,6 @@ MISTYPED = {
     "--model.model mdeq_nano": "'mdeq_nano' is no model of optical flow; these are: deq_flow, deq_flow_base, ",
     "--model.schedule one_cycl": "'model.schedule' takes",
     "--model.weights_from nowhere.ckpt": "weights_from takes a file; there is none at nowhere.ckpt",
-    "--data.frames 3": "OpticalFlow is trained on pairs of images, and was given sequences",
     "--data.hight 3": "unknown argument 'data.hight' of SyntheticFlowDataModule. Did you mean 'height'?",
 }
 

@@ -106,7 +106,7 @@ def test_colours_keep_their_place(tmp_path):
 
 @pytest.mark.parametrize("arguments", [{}, {"root": "x", "images": ["a.png", "b.png"]}])
 def test_a_folder_or_images_are_given(arguments):
-    with pytest.raises(ValueError, match="takes a folder, root, or a list of images, and not both; given: root='"):
+    with pytest.raises(ValueError, match=r"a folder, root \(--data.root\), or a list .*not both; given: root='"):
         FramesDataModule(**arguments)
 
 

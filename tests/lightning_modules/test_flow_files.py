@@ -60,9 +60,12 @@ def test_kittis_png_is_read_again(tmp_path_factory: Any, size: tuple[int, int], 
 
 @deprecated
 def test_kittis_png_has_no_room_for_more(tmp_path: Path) -> None:
-    write_kitti(tmp_path / "some.png", torch.tensor([[[-513.0, 0]], [[0.0, 600]]]))
-    found, _ = _read_16bits_png_with_flow_and_valid_mask(str(tmp_path / "some.png"))
-    assert found.tolist() == [[[-512, 0]], [[0, (2**16 - 1) / 64 - 512]]]
+    """What cannot be written is not known."""
+    u, v = [-513.0, 0, torch.nan, torch.inf, 511.5], [0.0, 600, 0, 0, -512]
+    write_kitti(tmp_path / "some.png", torch.tensor([[u], [v]]))
+    found, valid = _read_16bits_png_with_flow_and_valid_mask(str(tmp_path / "some.png"))
+    assert valid.tolist() == [[False, False, False, False, True]]
+    assert found[:, 0, 4].tolist() == [511.5, -512]
 
 
 @settings(max_examples=12, deadline=None)
