@@ -290,6 +290,7 @@ def _silence_what_users_cannot_act_on() -> None:
     warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
     # A test run has a folder of its own; nothing of the training run's callback is needed there.
     warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
+    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`.*")
     logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
 
 
