@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
+from PIL import Image
 
 import zoo
 from tests.command_line import ROOT, Fitted, rows, same, weights
@@ -61,9 +61,9 @@ def test_draw_flow(tmp_path: Path) -> None:
     errors = [float(error) for error in re.findall(r"EPE ([\d., ]+) pixels", printed)[0].split(", ")]
     assert all(0 < error < 4 for error in errors)  # of 6 pixels of motion
     assert len(errors) == 4
-    picture = torchvision.io.decode_image(str(tmp_path / "drawn.png"))
-    assert picture.shape == (3, 4 * 96 * 2, 4 * 128 * 2)
-    assert len(picture.flatten(1).unique(dim=1).T) > 1000
+    with Image.open(tmp_path / "drawn.png") as picture:
+        assert picture.size == (4 * 128 * 2, 4 * 96 * 2)
+        assert len(picture.getcolors(10**6)) > 1000
 
 
 def test_publish_weights(fitted: Fitted, weights_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
