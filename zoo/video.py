@@ -61,7 +61,8 @@ class FlowStream:
 
     Args:
         model: in eval mode.
-        warm_start: False starts every solve from rest.
+        warm_start: False starts every solve from rest. Where solves do not converge, what they creep is carried on
+            from frame to frame by a warm start; then start from rest, or take few ``steps``.
         steps: from the second pair on apply the cell so often, in place of solving to the model's tolerance. After a
             warm start two or three will do, where a solve from rest takes several times as many.
 
