@@ -1,1 +1,4 @@
-"""Measurements beside TorchDEQ, on the same problems: ``python -m benchmarks.{solvers,models,transformer}``."""
+"""Measurements beside TorchDEQ, or torchvision's RAFT, on the same problems: ``python -m benchmarks.NAME``.
+
+The names are solvers, models, transformer and flow.
+"""

@@ -257,7 +257,9 @@ def plot(data: Data, file: Path) -> None:
 def _plot_video(axis: Any, found: Data) -> None:
     for (start, epes), colour in zip(found["epe"].items(), ("#2166ac", "#b2182b"), strict=True):
         axis.plot([k + 1 for k in found["depths"]], epes, "o-", color=colour, label=f"{start} start")
-    axis.axhline(found["converged"]["epe"], color="black", linewidth=0.8, label="converged from rest")
+    axis.axhline(
+        found["converged"]["epe"], color="black", linewidth=0.8, label=f"from rest, at most {found['most']} steps"
+    )
     axis.set(title="EPE of a frame, pixels", xlabel="evaluations a frame", ylim=(0, None))
     axis.grid(alpha=0.3)
     axis.legend(frameon=False)
