@@ -20,6 +20,7 @@ from benchmarks.flow_steps import AGAIN, CORRECTED, IMPLICIT, PHANTOM, UNROLLED,
 from benchmarks.flow_video import _least, played, video
 from benchmarks.flow_weights import SMALL, Loaded, loaded
 from lightning_modules.checkpoints import CheckpointError
+from zoo.flow import DEQFlow
 from zoo.implicit import FixedPointIteration
 
 
