@@ -76,17 +76,26 @@ def machine() -> Data:
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
-        "torchdeq": importlib.metadata.version("torchdeq"),
+        "torchdeq": _torchdeq(),
         "date": dt.datetime.now(dt.UTC).date().isoformat(),
     }
 
 
 def made_by(name: str, machine: Data) -> str:
     """The command, the day and the machine, in a sentence."""
+    theirs = "" if machine["torchdeq"] is None else f", TorchDEQ {machine['torchdeq']}"
     return (
         f"Made by `python -m benchmarks.{name}` on {machine['date']}: {machine['cpu']}, {machine['threads']} thread, "
-        f"Python {machine['python']}, torch {machine['torch']}, TorchDEQ {machine['torchdeq']}."
+        f"Python {machine['python']}, torch {machine['torch']}{theirs}."
     )
+
+
+def _torchdeq() -> str | None:
+    """Its version; None where it is not installed, as for what compares with RAFT alone."""
+    try:
+        return importlib.metadata.version("torchdeq")
+    except importlib.metadata.PackageNotFoundError:
+        return None
 
 
 def _cpu() -> str:
