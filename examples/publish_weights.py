@@ -13,7 +13,9 @@ import pytorch_lightning as pl
 
 import zoo
 from lightning_modules.checkpoints import read_checkpoint
-from zoo.weights import WeightsRecord, save_record, sha256_of, write_table
+from zoo.cards import write_table
+from zoo.records import WeightsRecord, save_record, weights_dir
+from zoo.weight_files import sha256_of
 
 # What a record says about the data: the tag of the name, what follows the model in the recipe, what it was
 # trained on (of the data module and the length of its training part), and what the model takes.
@@ -61,7 +63,7 @@ def main(checkpoint: str, name: str | None = None) -> None:
         module.model = model.eval()
     tag, suffix, trained_on, preprocessing = DATA[source.__name__]
     name = name or f"{zoo.spec_of(module.model).model}.{tag}"
-    path = zoo.weights.weights_dir() / f"{name}.safetensors"
+    path = weights_dir() / f"{name}.safetensors"
     spec = zoo.save_weights(module.model, path)
     draft = WeightsRecord(
         name=name,

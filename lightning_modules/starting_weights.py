@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 import zoo
-from zoo.weights import read_weights
+from zoo.weight_files import read_weights
 
 from .checkpoints import CheckpointError, read_checkpoint
 

@@ -42,7 +42,7 @@ def weights_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
     folder = tmp_path / "checkpoints"
     folder.mkdir()
     with monkeypatch.context() as patch:
-        patch.setattr(zoo.weights, "weights_dir", lambda: folder)
-        zoo.weights._records.cache_clear()
+        patch.setattr(zoo.records, "weights_dir", lambda: folder)
+        zoo.records.all_records.cache_clear()
         yield folder
-    zoo.weights._records.cache_clear()
+    zoo.records.all_records.cache_clear()

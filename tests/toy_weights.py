@@ -7,21 +7,21 @@ from typing import Any
 from torch import nn
 
 import zoo
-from zoo import weights
+from zoo import records, weight_files
 
 
 def publish(name: str = "tanh_deq.toy", **arguments: Any) -> nn.Module:
     """A tanh model with random weights, published as ``name``."""
     model = zoo.create_model("tanh_deq", **{"width": 6, "contraction": 0.7, **arguments})
-    path = weights.weights_dir() / f"{name}.safetensors"
+    path = records.weights_dir() / f"{name}.safetensors"
     spec = zoo.save_weights(model, path)
-    weights.save_record(
+    records.save_record(
         zoo.WeightsRecord(
             name=name,
             model=spec.model,
             arguments=spec.arguments,
             source="shipped",
-            sha256=weights.sha256_of(path.read_bytes()),
+            sha256=weight_files.sha256_of(path.read_bytes()),
             num_parameters=sum(p.numel() for p in model.parameters()),
             trained_on="nothing",
             recipe="none",

@@ -7,24 +7,19 @@
 
 from . import implicit
 from .backbone import load_backbone
-from .errors import InputError
+from .errors import InputError, ReinitializedWarning, WeightsError
 from .flow import DEQFlow, FlowCell
 from .mdeq import MDEQ, MDEQCell, MDEQSegmenter
 from .originals import UnusedWeightsWarning, load_original
+from .records import WeightsRecord, list_weights
 from .registry import ModelSpec, create_model, list_models, register_model, spec_of
 from .resnet import ResNet
 from .stacked_transformer import StackedTransformer
 from .tanh import TanhCell, TanhDEQ
 from .transformer import DEQTransformer, Memory
 from .video import FlowState, FlowStream
-from .weights import (
-    ReinitializedWarning,
-    WeightsError,
-    WeightsRecord,
-    list_weights,
-    load_pretrained,
-    save_weights,
-)
+from .weight_files import save_weights
+from .weights import load_pretrained
 
 __all__ = [
     "MDEQ",

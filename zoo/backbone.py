@@ -6,9 +6,11 @@ import os
 
 from torch import nn
 
+from .errors import WeightsError
 from .originals import load_original
 from .originals.common import problems
-from .weights import WeightsError, list_weights, load_pretrained
+from .records import list_weights
+from .weights import load_pretrained
 
 _HEAD = "head."
 

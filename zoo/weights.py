@@ -1,91 +1,22 @@
-"""Pretrained weights: records of what they are, and loading that verifies every byte.
-
-Weights are ``.safetensors`` files whose header holds the model's name and arguments. Beside each stands its record,
-a JSON file of the same name. Both ship in ``checkpoints/``.
-"""
+"""Pretrained weights: records of what they are, and loading that verifies every byte."""
 
 from __future__ import annotations
 
-import dataclasses
-import fnmatch
-import hashlib
-import json
 import warnings
-from dataclasses import dataclass
-from functools import cache
 from pathlib import Path
 from typing import Any
 
-import safetensors
-import safetensors.torch
 import torch
 from torch import Tensor, nn
 from torchvision.models.optical_flow import Raft_Large_Weights
 
+from .errors import ReinitializedWarning, WeightsError
 from .implicit.choices import nearest
-from .registry import ModelSpec, create_model, spec_of
+from .records import WeightsRecord, find_record
+from .registry import create_model
+from .weight_files import parse_weights, sha256_of
 
 _TORCHVISION = "torchvision:"
-_SPEC = "deq_zoo"  # the one key of the header: safetensors writes several in any order, and files could not be compared
-
-
-class WeightsError(RuntimeError):
-    """A weights file is missing, damaged, or does not belong to its record."""
-
-
-class ReinitializedWarning(UserWarning):
-    """Parts of a pretrained model were left at random because they were asked to have another shape."""
-
-
-@dataclass(frozen=True)
-class WeightsRecord:
-    """What one set of weights is, where it comes from and what to expect of it.
-
-    Attributes:
-        name: ``"arch.tag"``, like ``"tanh_deq.digits"``.
-        model: the registered model, ``arch``.
-        arguments: the model's arguments as plain data.
-        source: where the file is; ``"shipped"`` for those in ``checkpoints/``.
-        sha256: of the whole file, verified at each load.
-        num_parameters: of the model.
-        trained_on: the data.
-        recipe: the commands that made it.
-        metrics: measured on that data's held-out part, by name; fractions, not percent.
-        licence: of the weights.
-        preprocessing: what the model expects as its input, and what it does to it.
-        classes: names of the outputs, for classifiers.
-    """
-
-    name: str
-    model: str
-    arguments: dict[str, Any]
-    source: str
-    sha256: str
-    num_parameters: int
-    trained_on: str
-    recipe: str
-    metrics: dict[str, float]
-    licence: str
-    preprocessing: str
-    classes: list[str] | None = None
-
-    @property
-    def path(self) -> Path:
-        """The shipped file."""
-        return weights_dir() / f"{self.name}.safetensors"
-
-
-def weights_dir() -> Path:
-    """Where shipped weights are: ``checkpoints/`` of the checkout, or of the installed package."""
-    package = Path(__file__).resolve().parent
-    installed = package / "checkpoints"
-    return installed if installed.is_dir() else package.parent / "checkpoints"
-
-
-def list_weights(pattern: str = "*") -> list[WeightsRecord]:
-    """The records of all weights whose name matches ``pattern`` (shell wildcards), sorted by name."""
-    records = _records()
-    return [records[name] for name in sorted(fnmatch.filter(records, pattern))]
 
 
 def load_pretrained(name: str, **overrides: Any) -> nn.Module:
@@ -105,12 +36,9 @@ def load_pretrained(name: str, **overrides: Any) -> nn.Module:
     """
     if name.startswith(_TORCHVISION):
         return _from_torchvision(name, overrides)
-    records = _records()
-    if name not in records:
-        raise ValueError(f"unknown weights {name!r}.{nearest(name, sorted(records))}")
-    record = records[name]
+    record = find_record(name)
     data = _verified(record)
-    spec, state = _parse(data, str(record.path))
+    spec, state = parse_weights(data, str(record.path))
     model = create_model(spec.model, **{**spec.arguments, **overrides})
 
     if "num_classes" in overrides:
@@ -134,74 +62,6 @@ def load_pretrained(name: str, **overrides: Any) -> nn.Module:
             f"change only arguments that keep the shapes. {_first_lines(error)}"
         ) from None
     return model.eval()
-
-
-def save_weights(model: nn.Module, path: str | Path) -> ModelSpec:
-    """Write a model that the zoo made to a ``.safetensors`` file, its name and arguments in the header.
-
-    Raises:
-        ValueError: the model was not made by :func:`zoo.create_model` or :func:`zoo.load_pretrained`.
-    """
-    spec = spec_of(model)
-    header = {_SPEC: json.dumps({"model": spec.model, "arguments": spec.arguments}, sort_keys=True)}
-    state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
-    Path(path).write_bytes(safetensors.torch.save(state, metadata=header))
-    return spec
-
-
-def read_weights(path: str | Path) -> dict[str, Tensor] | None:
-    """The tensors of a file that :func:`save_weights` wrote; None of a safetensors file that others wrote.
-
-    Raises:
-        WeightsError: the file cannot be read, or is no safetensors file.
-    """
-    try:
-        with safetensors.safe_open(path, "pt") as file:
-            if _SPEC not in (file.metadata() or {}):
-                return None
-            return {key: file.get_tensor(key) for key in file.keys()}  # noqa: SIM118 - it is no mapping
-    except (safetensors.SafetensorError, OSError) as error:
-        raise WeightsError(f"{path} is damaged, or not a safetensors file: {error}") from None
-
-
-def save_record(record: WeightsRecord) -> Path:
-    """Write a record beside its weights."""
-    path = record.path.with_suffix(".json")
-    path.write_text(json.dumps(dataclasses.asdict(record), indent=2) + "\n", encoding="utf-8")
-    _records.cache_clear()
-    return path
-
-
-def write_table() -> Path:
-    """Write ``checkpoints/README.md``, the table of all weights, from their records."""
-    path = weights_dir() / "README.md"
-    path.write_text(markdown_table(), encoding="utf-8")
-    return path
-
-
-def markdown_table() -> str:
-    """The table of all weights. Generated, so that no figure is typed twice."""
-    lines = [
-        "# Weights that ship with the zoo",
-        "",
-        "Generated from the records beside them (`examples/publish_weights.py`); do not edit. Each is a safetensors",
-        "file with the model's name and arguments in its header, and is verified at each load.",
-        "",
-        "| name | parameters | trained on | metrics | input | licence | made by | sha256 |",
-        "|---|---|---|---|---|---|---|---|",
-    ]
-    for r in list_weights():
-        metrics = ", ".join(f"{key.replace('_', ' ')} {value:.4f}" for key, value in r.metrics.items())
-        lines.append(
-            f"| `{r.name}` | {r.num_parameters:,} | {r.trained_on} | {metrics} | {r.preprocessing} | {r.licence} "
-            f"| `{r.recipe}` | `{r.sha256[:12]}…` |"
-        )
-    return "\n".join(lines) + "\n"
-
-
-def sha256_of(data: bytes) -> str:
-    """The hexadecimal sha256 digest."""
-    return hashlib.sha256(data).hexdigest()
 
 
 def _from_torchvision(name: str, overrides: dict[str, Any]) -> nn.Module:
@@ -233,18 +93,6 @@ def _from_torchvision(name: str, overrides: dict[str, Any]) -> nn.Module:
     return flow.load(state, name, overrides)
 
 
-@cache
-def _records() -> dict[str, WeightsRecord]:
-    records = {}
-    for path in weights_dir().glob("*.json"):
-        try:
-            record = WeightsRecord(**json.loads(path.read_text(encoding="utf-8")))
-        except (TypeError, ValueError) as error:
-            raise WeightsError(f"{path} is not a weights record: {error}") from None
-        records[record.name] = record
-    return records
-
-
 def _verified(record: WeightsRecord) -> bytes:
     """The bytes of the record's file, if they are the recorded ones."""
     try:
@@ -261,14 +109,6 @@ def _verified(record: WeightsRecord) -> bytes:
             "nothing was loaded. Restore the file: git checkout -- checkpoints, or install the package again"
         )
     return data
-
-
-def _parse(data: bytes, where: str) -> tuple[ModelSpec, dict[str, Tensor]]:
-    length = int.from_bytes(data[:8], "little")
-    header = json.loads(data[8 : 8 + length]).get("__metadata__", {})
-    if _SPEC not in header:
-        raise WeightsError(f"{where} does not say which model it belongs to: its header has no {_SPEC!r}")
-    return ModelSpec(**json.loads(header[_SPEC])), safetensors.torch.load(data)
 
 
 def _first_lines(error: Exception, most: int = 4) -> str:

@@ -86,7 +86,7 @@ def test_a_fine_tuned_checkpoint_does_not_need_what_it_started_from(weights_fold
     done = fit("-c", DIGITS, *TINY[:-2], *pretrained)
     for file in weights_folder.iterdir():
         file.unlink()
-    zoo.weights._records.cache_clear()
+    zoo.records.all_records.cache_clear()
     module = ImageClassifier.load_from_checkpoint(done.best, weights_only=True)
     assert module.hparams["pretrained"] is None
     assert module.hparams["model_args"]["width"] == 6

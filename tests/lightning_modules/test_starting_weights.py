@@ -16,8 +16,8 @@ from lightning_modules.checkpoints import CheckpointError
 from tests.command_line import same
 from tests.lightning_modules.flows import SMALL, pairs, small
 from tests.lightning_modules.runs import train
+from zoo import WeightsError
 from zoo.originals.flow import original_names
-from zoo.weights import WeightsError
 
 
 def state(module: Any) -> dict[str, Tensor]:

@@ -328,11 +328,11 @@ def test_what_was_loaded_is_saved_as_the_zoo_s_own(weights_folder: Path) -> None
     spec = zoo.save_weights(model, path)
     with safetensors.safe_open(path, "pt") as file:
         header = json.loads(file.metadata()["deq_zoo"])
-    zoo.weights.save_record(
+    zoo.records.save_record(
         zoo.WeightsRecord(
             name="mdeq.original",
             source="shipped",
-            sha256=zoo.weights.sha256_of(path.read_bytes()),
+            sha256=zoo.weight_files.sha256_of(path.read_bytes()),
             num_parameters=sum(parameter.numel() for parameter in model.parameters()),
             trained_on="nothing",
             recipe="none",

@@ -20,7 +20,7 @@ import yaml
 import zoo
 from tests.command_line import DIGITS, ROOT, same
 from tests.toy_weights import publish
-from zoo import weights
+from zoo import cards, records, weight_files
 from zoo.implicit import Gradient, Newton, PhantomGradient, Solver, from_description
 
 TOY = "tanh_deq.toy"
@@ -92,9 +92,9 @@ def test_records_are_listed_as_they_were_saved(weights_folder: Path) -> None:
 def test_the_table_is_made_of_the_records(weights_folder: Path) -> None:
     publish()
     (record,) = zoo.list_weights()
-    assert weights.write_table() == weights_folder / "README.md"
+    assert cards.write_table() == weights_folder / "README.md"
     table = (weights_folder / "README.md").read_text()
-    assert table == weights.markdown_table()
+    assert table == cards.markdown_table()
     (row,) = [line for line in table.splitlines() if line.startswith("| `")]
     assert row == (
         "| `tanh_deq.toy` | 496 | nothing | val accuracy 0.5000, test accuracy 0.1235 | images (B, 64) in [0, 1] "
@@ -110,13 +110,13 @@ def test_a_flipped_bit_is_refused(weights_folder: Path, where: str) -> None:
     publish()
     file = weights_folder / f"{TOY}.safetensors"
     data = bytearray(file.read_bytes())
-    recorded = weights.sha256_of(bytes(data))
+    recorded = weight_files.sha256_of(bytes(data))
     data[{"header": 20, "first weight": 8 + int.from_bytes(data[:8], "little"), "last weight": -1}[where]] ^= 1
     file.write_bytes(data)
     with pytest.raises(zoo.WeightsError) as error:
         zoo.load_pretrained(TOY)
     assert str(error.value) == (
-        f"{file} is damaged or was replaced: its sha256 is {weights.sha256_of(bytes(data))}, "
+        f"{file} is damaged or was replaced: its sha256 is {weight_files.sha256_of(bytes(data))}, "
         f"its record says {recorded}; nothing was loaded. "
         "Restore the file: git checkout -- checkpoints, or install the package again"
     )
@@ -165,7 +165,7 @@ def test_a_file_of_another_project(weights_folder: Path) -> None:
     file = weights_folder / f"{TOY}.safetensors"
     safetensors.torch.save_file({"a": torch.zeros(2)}, file)
     (record,) = zoo.list_weights()
-    weights.save_record(dataclasses.replace(record, sha256=weights.sha256_of(file.read_bytes())))
+    records.save_record(dataclasses.replace(record, sha256=weight_files.sha256_of(file.read_bytes())))
     with pytest.raises(zoo.WeightsError, match="does not say which model it belongs to: its header has no 'deq_zoo'"):
         zoo.load_pretrained(TOY)
 
@@ -251,7 +251,7 @@ def test_another_shape_is_one_clear_error(overrides: dict[str, Any], told: str) 
 
 
 def test_the_shipped_table_is_that_of_the_records() -> None:
-    assert (ROOT / "checkpoints" / "README.md").read_text() == weights.markdown_table()
+    assert (ROOT / "checkpoints" / "README.md").read_text() == cards.markdown_table()
 
 
 def test_every_shipped_file_has_a_record_and_a_table_row() -> None:

@@ -13,7 +13,7 @@ import safetensors.torch
 import torch
 from torch import Tensor, nn
 
-from zoo.weights import WeightsError
+from zoo.errors import WeightsError
 
 from . import flow, mdeq, transformer
 from .common import UnusedWeightsWarning

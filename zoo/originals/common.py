@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.errors import WeightsError
 from zoo.registry import create_model
-from zoo.weights import WeightsError
 
 
 class UnusedWeightsWarning(UserWarning):

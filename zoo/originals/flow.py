@@ -16,8 +16,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.errors import WeightsError
 from zoo.flow import SIZES, DEQFlow
-from zoo.weights import WeightsError
 
 from .common import Checkpoint, UnusedWeightsWarning
 

@@ -20,8 +20,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from zoo.errors import WeightsError
 from zoo.transformer import MODELS, DEQTransformer
-from zoo.weights import WeightsError
 
 from .common import Checkpoint
 
