@@ -37,6 +37,16 @@ def conv(in_channels: int, out_channels: int, kernel: int, stride: int = 1, bias
     return nn.Conv2d(in_channels, out_channels, kernel, stride, padding=kernel // 2, bias=bias)
 
 
+class GroupNorm(nn.GroupNorm):
+    """GN of torch, and also for a batch of one whose groups are one value each, which torch refuses.
+
+    Such a group is its own mean, and becomes 0 before the affine part: as in every larger batch.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.group_norm(x, self.num_groups, self.weight, self.bias, self.eps)
+
+
 class Branch(nn.Module):
     """One resolution by itself: h = GN(relu(GN(t) + z)), where t = dropout(conv(relu(GN(conv z)))) + x.
 
@@ -53,11 +63,11 @@ class Branch(nn.Module):
     def __init__(self, channels: int, expansion: int, groups: int, dropout: float) -> None:
         super().__init__()
         self.conv1 = conv(channels, expansion * channels, 3)
-        self.norm1 = nn.GroupNorm(groups, expansion * channels)
+        self.norm1 = GroupNorm(groups, expansion * channels)
         self.conv2 = conv(expansion * channels, channels, 3)
         self.dropout = VariationalDropout(dropout, shared_dims=(2, 3))
-        self.norm2 = nn.GroupNorm(groups, channels)
-        self.norm3 = nn.GroupNorm(groups, channels)
+        self.norm2 = GroupNorm(groups, channels)
+        self.norm3 = GroupNorm(groups, channels)
 
     def forward(self, z: Tensor, x: Tensor | None) -> Tensor:
         t = self.dropout(self.conv2(self.norm1(self.conv1(z)).relu()))
@@ -71,11 +81,11 @@ def fusion(channels: Sequence[int], i: int, j: int, groups: int) -> nn.Sequentia
     """phi_ij, from branch j to branch i: strided convolutions to a lower resolution, upsampling to a higher one."""
     if j > i:
         up = nn.Upsample(scale_factor=2 ** (j - i), mode="nearest")
-        return nn.Sequential(conv(channels[j], channels[i], 1), nn.GroupNorm(groups, channels[i]), up)
+        return nn.Sequential(conv(channels[j], channels[i], 1), GroupNorm(groups, channels[i]), up)
     layers: list[nn.Module] = []
     for step in range(i - j):
         width = channels[i] if step == i - j - 1 else channels[j]
-        layers += [conv(channels[j], width, 3, stride=2), nn.GroupNorm(groups, width), nn.ReLU()]
+        layers += [conv(channels[j], width, 3, stride=2), GroupNorm(groups, width), nn.ReLU()]
     return nn.Sequential(*layers[:-1])  # nothing for j = i; no ReLU at the end
 
 
@@ -113,7 +123,7 @@ class MDEQCell(nn.Module):
         self.branches = nn.ModuleList(Branch(C, expansion, groups, dropout) for C in channels)
         self.fuse = nn.ModuleList(nn.ModuleList(fusion(channels, i, j, groups) for j in range(n)) for i in range(n))
         self.post = nn.ModuleList(
-            nn.Sequential(nn.ReLU(), conv(C, C, 1), nn.GroupNorm(groups // 2, C, affine=post_affine)) for C in channels
+            nn.Sequential(nn.ReLU(), conv(C, C, 1), GroupNorm(groups // 2, C, affine=post_affine)) for C in channels
         )
         for part in weight_norm:
             if part != "fuse" or n > 1:  # a single branch has nothing to fuse

@@ -6,14 +6,14 @@ from typing import Any
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
 import zoo
 from zoo.implicit import Anderson, FixedPointIteration, ImplicitGradient, UnrolledGradient, one_draw
-from zoo.mdeq import CLASSIFIERS, MDEQ, SEGMENTERS, MDEQCell, MDEQSegmenter
+from zoo.mdeq import CLASSIFIERS, MDEQ, SEGMENTERS, GroupNorm, MDEQCell, MDEQSegmenter
 
 SMALL: dict[str, Any] = {"channels": (8, 16), "in_channels": 2, "expansion": 2}
 
@@ -133,12 +133,29 @@ def test_a_channel_stays_dropped_for_a_whole_solve() -> None:
     stride=st.sampled_from([1, 2]),
     dtype=st.sampled_from([torch.float32, torch.float64]),
 )
+@example(B=1, H=4, W=4, stride=2, dtype=torch.float32)  # one pixel in branch 1, and one channel a group
 def test_any_size_of_image(B: int, H: int, W: int, stride: int, dtype: torch.dtype) -> None:
     x = images(B, 2, H, W, dtype=dtype)
     logits = classifier(stem_stride=stride, unrolled=2).to(dtype).eval()(x)
     maps = segmenter(stem_stride=stride).to(dtype).eval()(x)
     assert (logits.shape, logits.dtype) == ((B, 5), dtype)
     assert (maps.shape, maps.dtype) == ((B, 5, H, W), dtype)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64, torch.bfloat16])
+def test_a_group_of_one_value_becomes_its_bias_whatever_the_batch(dtype: torch.dtype) -> None:
+    norm, torchs = GroupNorm(8, 8).to(dtype), nn.GroupNorm(8, 8).to(dtype)
+    with torch.no_grad():
+        for parameter in norm.parameters():
+            parameter.copy_(torch.randn(8))
+    torchs.load_state_dict(norm.state_dict())
+    x = images(2, 8, 1, 1, dtype=dtype).requires_grad_()
+    torch.testing.assert_close(norm(x[:1]), torchs(x)[:1], rtol=0, atol=0)
+    close = {"rtol": 0, "atol": 1e-2 if dtype == torch.bfloat16 else 1e-3}
+    torch.testing.assert_close(norm(x[:1]), norm.bias.view(1, 8, 1, 1), **close)
+    norm(x[:1]).sum().backward()
+    assert not x.grad.any()  # type: ignore[union-attr]
+    torch.testing.assert_close(norm(x[0].expand(3, 8, 4, 5)), torchs(x[0].expand(3, 8, 4, 5)), rtol=0, atol=0)
 
 
 def test_padding_repeats_the_edge_and_is_cropped() -> None:
