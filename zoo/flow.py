@@ -17,7 +17,6 @@ from typing import Any, Literal, get_args, overload
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
-from torchvision.models.optical_flow import raft
 
 from .correlation import correlation_pyramid, look_up
 from .errors import InputError
@@ -118,6 +117,8 @@ class FlowCell(nn.Module):
         all_grad: bool,
         weight_norm: bool,
     ) -> None:
+        from torchvision.models.optical_flow import raft  # here: its import takes as long as torch's own
+
         super().__init__()
         self.hidden = hidden
         self.corr_radius = corr_radius
@@ -224,6 +225,8 @@ class DEQFlow(nn.Module):
         solver: Solver | None = None,
         gradient: Gradient | None = None,
     ) -> None:
+        from torchvision.models.optical_flow import raft  # as in the cell
+
         super().__init__()
         counts = {
             "hidden": hidden,
@@ -392,6 +395,8 @@ class DEQFlow(nn.Module):
         Shape:
             ``(B, 2, H, W)`` for images of this size (H, W), or of the padded ones, ``(B, 2, 8 h, 8 w)``.
         """
+        from torchvision.models.optical_flow import raft  # as in the cell
+
         flow: Tensor = raft.upsample_flow(state.flow, self.mask_predictor(state.h))
         if size is None:
             return flow

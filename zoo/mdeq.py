@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from torchvision.models.resnet import Bottleneck
 
 from .errors import InputError
 from .implicit import DEQ, Anderson, Gradient, ImplicitGradient, Solver, VariationalDropout, normalize_weights
@@ -179,6 +178,8 @@ class ClassificationHead(nn.Module):
     """
 
     def __init__(self, channels: Sequence[int], widths: Sequence[int], final_width: int, num_classes: int) -> None:
+        from torchvision.models.resnet import Bottleneck  # here: its import takes as long as torch's own
+
         super().__init__()
         out = [Bottleneck.expansion * width for width in widths]
         plain = partial(nn.BatchNorm2d, affine=False)

@@ -9,7 +9,6 @@ import itertools
 from collections.abc import Sequence
 
 from torch import Tensor, nn
-from torchvision.models.resnet import BasicBlock
 
 from .errors import InputError
 from .registry import register_model
@@ -82,11 +81,16 @@ class ResNet(nn.Module):
         return logits
 
 
-def _block(in_channels: int, out_channels: int, stride: int) -> BasicBlock:
-    if stride == 1 and in_channels == out_channels:
-        return BasicBlock(in_channels, out_channels)
-    shortcut = nn.Sequential(nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels))
-    return BasicBlock(in_channels, out_channels, stride, shortcut)
+def _block(in_channels: int, out_channels: int, stride: int) -> nn.Module:
+    from torchvision.models.resnet import BasicBlock  # here: its import takes as long as torch's own
+
+    shortcut = None
+    if stride > 1 or in_channels != out_channels:
+        shortcut = nn.Sequential(
+            nn.Conv2d(in_channels, out_channels, 1, stride, bias=False), nn.BatchNorm2d(out_channels)
+        )
+    block: nn.Module = BasicBlock(in_channels, out_channels, stride, shortcut)
+    return block
 
 
 register_model("resnet", ResNet)
