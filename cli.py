@@ -1,318 +1,151 @@
-"""The command line: ``python cli.py fit|validate|test|predict -c configs/tanh_deq_digits.yaml``.
+"""The command line: ``python cli.py COMMAND ...``; without a command it says which there are.
 
-Lightning's own LightningCLI in subclass mode, with five things on top: a checkpoint brings its own model and data, so
-that ``test --ckpt_path FILE`` needs nothing else; what is typed beats what the checkpoint says, and is shown; an error
-is one message that names the nearest valid spelling; ``fit`` ends by testing its best checkpoint; and a run that is
-interrupted leaves a checkpoint and says how to go on.
+Only what a command needs is imported: ``fit``, ``validate``, ``test`` and ``predict`` are Lightning's
+(``commands/training.py``), the others are modules of ``commands`` that take plain arguments.
 """
 
 from __future__ import annotations
 
-import itertools
-import logging
+import argparse
+import contextlib
+import difflib
+import importlib
 import os
+import re
 import sys
-import tempfile
-import time
-import warnings
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, TypeGuard
+from collections.abc import Iterator, Sequence
+from typing import TYPE_CHECKING, Never
 
-os.environ.setdefault("JSONARGPARSE_DEPRECATION_WARNINGS", "off")  # Lightning 2.6 calls jsonargparse's older names
+if TYPE_CHECKING:
+    from commands.training import ZooCLI
 
-import pytorch_lightning as pl
-import torch
-import yaml
-from jsonargparse import _typehints
-from jsonargparse.typing import PositiveInt
-from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import ModelCheckpoint
-from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
-from pytorch_lightning.utilities import rank_zero_info
-from rich.console import Console
-from rich.table import Table
-
-import lightning_modules
-from datamodules import DataError  # importing the package makes its classes known to the parser by their short names
-from lightning_modules.checkpoints import CheckpointError, check_fits, read_checkpoint
-from lightning_modules.usage_errors import UsageError, explain
-from zoo import InputError, WeightsError
-
-
-def _start_afresh(_: object, before: Any, now: Any) -> None:
-    """Where another class is chosen, nothing of the one before is left over, though an argument has the same name.
-
-    jsonargparse would keep what both classes take: the memory of the default Anderson for a Broyden, say.
-    """
-    if before and "init_args" in before:
-        names = (str(choice["class_path"]).rpartition(".")[2] for choice in (before, now))
-        if len(set(names)) > 1:
-            before.pop("init_args")
+TRAINING = {
+    "fit": "train a model, and test its best checkpoint",
+    "validate": "measure a checkpoint on the validation set",
+    "test": "measure a checkpoint on the test set",
+    "predict": "write what a checkpoint predicts",
+}
+VERBS = {
+    "list": "commands.catalogue",
+    "convert": "commands.convert",
+    "evaluate": "commands.evaluate",
+    "export": "commands.export",
+}
+SUMMARIES = {
+    **TRAINING,
+    "list": "show the pretrained weights, or the models",
+    "convert": "write a checkpoint of the original authors, or of a run, as a weights file of the zoo",
+    "evaluate": "measure pretrained weights beside what is recorded and published",
+    "export": "write a model as ONNX, or for torch.export",
+}
 
 
-_typehints.discard_init_args_on_class_path_change = _start_afresh
-
-SUBCOMMANDS = ("fit", "validate", "test", "predict")
-USERS_ERRORS = (
-    UsageError,
-    CheckpointError,
-    WeightsError,
-    InputError,
-    DataError,
-    MisconfigurationException,
-    FileNotFoundError,
-)
-
-
-class Parser(LightningArgumentParser):
+class Parser(argparse.ArgumentParser):
     """Raises instead of exiting, so that every error passes through one door."""
 
-    def parse_args(self, *args: Any, **kwargs: Any) -> Any:
-        """As always; a configuration that is not text is one more error."""
-        try:
-            return super().parse_args(*args, **kwargs)
-        except UnicodeDecodeError as error:
-            self.error(
-                "a configuration is a text file, and one of those given is not; --ckpt_path takes checkpoints", error
-            )
+    def error(self, message: str) -> Never:
+        """Name what is near to an option that does not exist.
 
-    def error(self, message: str, ex: Exception | None = None) -> Any:
-        if not self.exit_on_error:  # jsonargparse trying one type after another
-            super().error(message, ex)
-        raise UsageError(explain(message, self)) from ex
+        Raises:
+            ValueError: always.
+        """
+        if found := re.fullmatch(r"unrecognized arguments: (\S+).*", message, re.DOTALL):
+            options = [name for name in self._option_string_actions if name.startswith("--")]
+            raise ValueError(f"unknown argument {found[1]!r}.{_nearest(found[1].partition('=')[0], options)}")
+        raise ValueError(message)
 
 
-class SaveConfig(SaveConfigCallback):
-    """Writes ``config.yaml`` into the folder of this run alone, whichever logger is used."""
-
-    def __init__(self, *args: Any, **kwargs: Any) -> None:
-        super().__init__(*args, **{**kwargs, "save_to_log_dir": False})
-
-    def save_config(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
-        """Write the configuration, for ``fit`` only: the other commands make nothing that it could repeat."""
-        if stage != "fit" or trainer.logger is None:
-            return
-        folder = lightning_modules.run_dir(trainer)
-        folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
+def usage() -> str:
+    """What ``--help`` prints: each command with a line."""
+    width = max(map(len, SUMMARIES))
+    lines = [f"  {name:{width}}  {summary}" for name, summary in SUMMARIES.items()]
+    return "\n".join(
+        ["usage: python cli.py COMMAND ...", "", *lines, "", "python cli.py COMMAND --help tells more of each."]
+    )
 
 
-class ZooCLI(LightningCLI):
-    """LightningCLI for equilibrium models; see the module's docstring."""
+def parse_verb(args: Sequence[str]) -> argparse.Namespace:
+    """The arguments of one of ``VERBS``, which is the first of ``args``; nothing is run.
 
-    def __init__(self, args: Sequence[str]) -> None:
-        self.checkpoint: dict[str, Any] | None = None
-        super().__init__(
-            model_class=lightning_modules.EquilibriumModule,
-            datamodule_class=pl.LightningDataModule,
-            subclass_mode_model=True,
-            subclass_mode_data=True,
-            save_config_callback=SaveConfig,
-            trainer_defaults={
-                "logger": {"class_path": "CSVLogger", "init_args": {"save_dir": "runs", "name": ""}},
-                "callbacks": [lightning_modules.InterruptCheckpoint()],
-            },
-            seed_everything_default=0,
-            parser_class=Parser,
-            parser_kwargs={"allow_abbrev": False},  # a typo is not an abbreviation
-            args=list(args),
-        )
-
-    def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
-        """Add what the zoo has beyond Lightning's arguments."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
-        parser.add_lightning_class_args(lightning_modules.PredictionWriter, "predictions")
-        parser.set_defaults(
-            {
-                "checkpoint.monitor": "val/loss",
-                "checkpoint.mode": "min",
-                "checkpoint.filename": "best",
-                "checkpoint.save_last": True,
-                "checkpoint.enable_version_counter": False,
-            }
-        )
-        parser.add_argument(
-            "--num_threads",
-            type=PositiveInt | None,
-            default=None,
-            help="CPU threads of one operation; torch's default is one a core, and small models are fastest with 1.",
-        )
-        parser.add_argument(
-            "--test_after_fit", type=bool, default=True, help="After fit, test the best checkpoint on the test set."
-        )
-
-    def parse_arguments(self, parser: LightningArgumentParser, args: Any) -> None:
-        """Parse, with the checkpoint's own model and data as the defaults of what is not given."""
-        path = _ckpt_path(args)
-        if _is_a_file(path) and args[0] in SUBCOMMANDS:
-            self.checkpoint = read_checkpoint(path)
-            with tempfile.TemporaryDirectory() as folder:
-                defaults = Path(folder, "checkpoint.yaml")
-                defaults.write_text(yaml.safe_dump(self.checkpoint["made_by"]), encoding="utf-8")
-                self.config = parser.parse_args([args[0], "--config", str(defaults), *args[1:]])
-            self.config[args[0]].pop("config", None)
-            self.config[args[0]].ckpt_path = path  # also where a configuration after it names another
-        else:
-            self.config = parser.parse_args(args)
-            path = self.config[self.config.subcommand].ckpt_path  # a configuration can name one too
-            if path in {"best", "last"} or (path == "hpc" and self.config.subcommand != "fit"):
-                newest = sorted(Path("runs").rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)[-3:]
-                there = f"the newest are {', '.join(map(str, newest))}" if newest else "there is none under runs"
-                raise UsageError(f"--ckpt_path takes a file, since every run has a folder of its own; {there}")
-            self.checkpoint = read_checkpoint(path) if _is_a_file(path) else None
-        if self.checkpoint is not None:
-            self._say_what_replaces(self.checkpoint, self.config.subcommand)
-
-    def _parse_ckpt_path(self) -> None:
-        """Lightning would let the checkpoint's values replace typed ones here, without a word; see above."""
-
-    def before_instantiate_classes(self) -> None:
-        """Set the number of threads before anything is computed."""
-        if (threads := self._get(self.config, "num_threads")) is not None:
-            torch.set_num_threads(threads)
-
-    def instantiate_classes(self) -> None:
-        """Make model, data and trainer; what their constructors refuse is a usage error."""
-        try:
-            super().instantiate_classes()
-        except (ValueError, TypeError) as error:
-            raise UsageError(explain(str(error))) from error
-
-    def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another model before anything is touched."""
-        if self.checkpoint is not None:
-            check_fits(self.checkpoint, self.model)
-
-    def before_predict(self) -> None:
-        """Keep no predictions in memory: each batch is written as it comes."""
-        self.config_init["predict"]["return_predictions"] = False
-
-    def before_fit(self) -> None:
-        """Start the clock."""
-        self.started = time.monotonic()
-
-    def after_fit(self) -> None:
-        """Test the best checkpoint, and show what came out and where it is."""
-        seconds = time.monotonic() - self.started
-        best = getattr(self.trainer.checkpoint_callback, "best_model_path", "")
-        if not best or self.trainer.interrupted:
-            return
-        metrics: dict[str, float] = {}
-        if self._get(self.config, "test_after_fit"):
-            metrics = dict(
-                *self.trainer.test(datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
-            )
-        if self.trainer.is_global_zero:
-            _print_results(best, {**metrics, "training time (s)": seconds})
-
-    def _say_what_replaces(self, checkpoint: dict[str, Any], subcommand: str) -> None:
-        path, config = checkpoint["path"], self.config[subcommand].as_dict()
-        for group, made_by in checkpoint["made_by"].items():
-            for key, was, now in _differences(made_by, config[group], group):
-                if subcommand == "fit" and key == "model.optimizer":
-                    raise UsageError(
-                        f"fit --ckpt_path goes on with the optimizer state of {path}, which is one of {was}, not of "
-                        f"{now}. To train with another optimizer, start a fit without --ckpt_path"
-                    )
-                name = key.removeprefix("model.").partition(".")[0]
-                if name in {"weights_from", "pretrained", "backbone"}:
-                    rank_zero_info(f"{key}={_short(now)} has no effect here: all weights are those of {path}")
-                    continue
-                rank_zero_info(f"{key}: {_short(now)} as given, in place of {_short(was)} in {path}")
-                if subcommand == "fit" and name in {"lr", "weight_decay", "schedule", "optimizer_args"}:
-                    warnings.warn(
-                        f"{key}={_short(now)} has NO effect here: fit --ckpt_path goes on with the optimizer state "
-                        f"of {path}. To train with another {key}, start a fit without --ckpt_path",
-                        stacklevel=2,
-                    )
-
-
-def _print_results(best: str, values: Mapping[str, float]) -> None:
-    """What a fit ends with."""
-    table = Table(title="Result of the best checkpoint", title_justify="left")
-    table.add_column("")
-    table.add_column("value", justify="right")
-    for name, value in values.items():
-        table.add_row(name, f"{value:.4g}")
-    # The path is printed whole, where it can be copied: not in a table, which would fold it.
-    print(f"\nBest checkpoint: {best}\nTest it again:   python cli.py test --ckpt_path {best}\n")
-    Console().print(table)
-
-
-def _ckpt_path(args: Sequence[str]) -> str | None:
-    """The last value of ``--ckpt_path`` on the command line."""
-    joined = [f"{a}={b}" if a == "--ckpt_path" else a for a, b in itertools.pairwise([*args, ""])]
-    values = [arg.partition("=")[2] for arg in joined if arg.startswith("--ckpt_path=")]
-    return values[-1] if values else None
-
-
-def _is_a_file(ckpt_path: str | None) -> TypeGuard[str]:
-    """False for Lightning's own words for ``--ckpt_path``, like ``last``."""
-    if not ckpt_path:
-        return False
-    return ckpt_path not in {"best", "last", "hpc"} and not ckpt_path.startswith("registry")
-
-
-def _differences(was: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]:
-    """Where two configurations differ: the dotted key of the command line, and both values."""
-    if not (isinstance(was, dict) and isinstance(now, dict) and was.get("class_path") == now.get("class_path")):
-        if was != now:
-            yield key, was, now
-    elif "class_path" in was:
-        was, now = was.get("init_args", {}), now.get("init_args", {})
-        for name in sorted(was.keys() & now.keys()):
-            yield from _differences(was[name], now[name], f"{key}.{name}")
-    else:
-        for name in sorted(was.keys() | now.keys()):
-            yield from _differences(was.get(name), now.get(name), f"{key}.{name}")
-
-
-def _short(value: Any) -> str:
-    """``{"class_path": "zoo.implicit.Newton", "init_args": {"tol": 0.1}}`` -> ``Newton(tol=0.1)``."""
-    if not (isinstance(value, dict) and "class_path" in value):
-        return repr(value)
-    arguments = ", ".join(f"{name}={_short(item)}" for name, item in value.get("init_args", {}).items())
-    return f"{value['class_path'].rpartition('.')[2]}({arguments})"
-
-
-def _is_no_advertisement(record: logging.LogRecord) -> bool:
-    """Lightning 2.6 recommends a product of its makers at each start."""
-    return "litlogger" not in record.getMessage()
-
-
-def _silence_what_users_cannot_act_on() -> None:
-    # The default data fit in memory, where workers only cost; the advice to use more of them does not hold.
-    warnings.filterwarnings("ignore", message=".*does not have many workers.*")
-    # Text is read as it stands, not as samples with indices; predictions of it are numbered in that order.
-    warnings.filterwarnings("ignore", message="Couldn't infer the batch indices.*")
-    # Lightning 2.6 asks torch >= 2.13 in an older way.
-    warnings.filterwarnings("ignore", message=".*LeafSpec.*is deprecated.*")
-    # A test run has a folder of its own; nothing of the training run's callback is needed there.
-    warnings.filterwarnings("ignore", message="The dirpath has changed from.*")
-    warnings.filterwarnings("ignore", message="Be aware that when using `ckpt_path`.*")
-    logging.getLogger("pytorch_lightning.utilities.rank_zero").addFilter(_is_no_advertisement)
+    Raises:
+        ValueError: an argument is unknown, missing, or not of its type.
+    """
+    verb, *rest = args
+    summary = SUMMARIES[verb]
+    parser = Parser(prog=f"python cli.py {verb}", description=f"{summary[0].upper()}{summary[1:]}.", allow_abbrev=False)
+    importlib.import_module(VERBS[verb]).add_arguments(parser)
+    return parser.parse_args(rest)
 
 
 def main(args: Sequence[str] | None = None) -> ZooCLI | None:
-    """Run the command line. Returns the CLI object, for use from Python.
+    """Run the command line. Returns the CLI object of fit, validate, test and predict, for use from Python.
 
     Raises:
-        SystemExit: 2 after an error of the user's, whose message is on standard error; set ``DEQ_ZOO_DEBUG=1`` for
-            the traceback.
+        SystemExit: 0 after ``--help``; 2 after an error of the user's, whose message is on standard error; set
+            ``DEQ_ZOO_DEBUG=1`` for the traceback.
     """
-    _silence_what_users_cannot_act_on()
     args = list(sys.argv[1:] if args is None else args)
     argv, sys.argv = sys.argv, [__file__, *args]  # what the ddp strategy starts its other processes with
     try:
-        return ZooCLI(args)
-    except USERS_ERRORS as error:
+        with _told(ValueError):
+            command = _command(args)
+            parsed = parse_verb(args) if command in VERBS else None
+        if command in TRAINING:
+            return _train(args)
+        if parsed is None:
+            print(usage())
+            raise SystemExit(0)
+        _run(command, parsed)
+        return None
+    finally:
+        sys.argv = argv
+
+
+def _command(args: Sequence[str]) -> str:
+    """The first of ``args``, which says what to do; or ``--help``."""
+    if not args:
+        raise ValueError(f"a command is missing\n\n{usage()}")
+    if args[0] in {"-h", "--help", *SUMMARIES}:
+        return args[0]
+    if not args[0].startswith("-"):
+        raise ValueError(f"unknown command {args[0]!r}.{_nearest(args[0], list(SUMMARIES))}")
+    later = next((arg for arg in args if arg in SUMMARIES), "COMMAND")
+    raise ValueError(
+        f"what is given, {args[0]} too, goes after the command: python cli.py {later} {args[0].partition('=')[0]} ..."
+    )
+
+
+def _train(args: Sequence[str]) -> ZooCLI:
+    from commands import training
+
+    with _told(*training.USERS_ERRORS):
+        return training.main(args)
+
+
+def _run(verb: str, parsed: argparse.Namespace) -> None:
+    from zoo import WeightsError
+
+    with _told(ValueError, OSError, WeightsError):
+        importlib.import_module(VERBS[verb]).run(parsed)
+
+
+@contextlib.contextmanager
+def _told(*errors: type[Exception]) -> Iterator[None]:
+    """Errors of the user's are one message, and exit status 2."""
+    try:
+        yield
+    except errors as error:
         if os.environ.get("DEQ_ZOO_DEBUG"):
             raise
         print(f"error: {error}", file=sys.stderr)
         raise SystemExit(2) from None
-    finally:
-        sys.argv = argv
+
+
+def _nearest(given: str, valid: list[str]) -> str:
+    """Like ``zoo.implicit.choices.nearest``, without the time that importing torch takes."""
+    close = difflib.get_close_matches(given, valid, n=1)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    return f"{hint} Known: {', '.join(valid)}."
 
 
 def console() -> None:

@@ -27,8 +27,6 @@ _NAME = re.compile(
 )
 _SUBTYPES = re.compile(r"Subtypes: \[.*?<class '([^']+)'>")
 _UNRECOGNIZED = re.compile(r"(?:unrecognized arguments:|does not accept option) '?([^\s']+)")
-_CHOICE = re.compile(r"invalid choice: '([^']*)' \(choose from (.*)\)")
-_EARLY = re.compile(r"is not accepted before subcommand '(\w+)'")
 _CONFIG = re.compile(r"Unexpected config:(.*)", re.DOTALL)
 _FILE = re.compile(r"File does not exist: '([^']+)'")
 _REQUIRED = re.compile(r"the following arguments are required: (.*)|Key \"(\w+)\" is required")
@@ -46,16 +44,13 @@ def explain(message: str, parser: argparse.ArgumentParser | None = None) -> str:
         the sentence; ``message`` itself where its kind is not known.
     """
     text = message.strip()
-    for tell in (_too_early, _unknown_option, _wrong_type, _unknown_class, _no_keys):
+    for tell in (_unknown_option, _wrong_type, _unknown_class, _no_keys):
         if (told := tell(text)) is not None:
             return told
     if found := _UNRECOGNIZED.search(text):
         given, dashes = found[1].partition("=")[0], "--" if found[1].startswith("-") else ""
         valid = (dashes + option.removeprefix("--") for option in _options(parser))
         return f"unknown argument {found[1]!r}.{_closest(given, valid) or ' See --help'}"
-    if found := _CHOICE.search(text):
-        commands = re.findall(r"[\w-]+", found[2])
-        return f"unknown command {found[1]!r}.{nearest(found[1], commands)}"
     if found := _FILE.search(text):
         path = Path(found[1])
         return f"there is no file {found[1]}.{_closest(str(path), map(str, path.parent.glob('*' + path.suffix)))}"
@@ -66,11 +61,6 @@ def explain(message: str, parser: argparse.ArgumentParser | None = None) -> str:
             "or to validate, test and predict a checkpoint, like --ckpt_path runs/.../best.ckpt"
         )
     return _innermost(text)
-
-
-def _too_early(text: str) -> str | None:
-    found = _EARLY.search(text)
-    return found and f"what is given, -c too, goes after the command: python cli.py {found[1]} -c ..."
 
 
 def _no_keys(text: str) -> str | None:

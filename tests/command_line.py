@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 import cli
+from commands.training import ZooCLI
 
 ROOT = Path(__file__).resolve().parents[1]
 DIGITS = str(ROOT / "configs" / "tanh_deq_digits.yaml")
@@ -40,7 +41,7 @@ RESUME = TINY[: TINY.index("--model.model_args.width")]
 class Fitted:
     """A finished ``fit``."""
 
-    cli: cli.ZooCLI
+    cli: ZooCLI
     folder: Path
     output: str
 
@@ -53,7 +54,7 @@ class Fitted:
         return str(self.folder / "checkpoints" / "last.ckpt")
 
 
-def main(*args: str) -> cli.ZooCLI:
+def main(*args: str) -> ZooCLI:
     done = cli.main(list(args))
     assert done is not None
     return done
@@ -68,7 +69,7 @@ def fit(*args: str) -> Fitted:
     return Fitted(done, Path(callback.best_model_path).absolute().parents[1], output.getvalue())
 
 
-def metrics(done: cli.ZooCLI) -> dict[str, float]:
+def metrics(done: ZooCLI) -> dict[str, float]:
     """What the trainer measured last."""
     return {name: value.item() for name, value in done.trainer.callback_metrics.items()}
 

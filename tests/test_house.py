@@ -28,9 +28,16 @@ PYPROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 # Besides the standard library and itself.
 MAY_IMPORT = {
     "zoo/implicit": {"torch", "matplotlib"},  # the latter in plots.py only, as a test of the backbone says
-    "zoo": {"torch", "torchvision", "safetensors", "matplotlib"},  # torchvision for blocks of explicit layers
+    "zoo": {  # torchvision for blocks of explicit layers; clients of hubs and exporters only where they are used
+        *("torch", "torchvision", "safetensors", "matplotlib"),
+        *("huggingface_hub", "wandb", "onnx", "onnxscript", "onnxruntime"),
+    },
     "lightning_modules": {"torch", "torchvision", "pytorch_lightning", "lightning_fabric", "torchmetrics", "zoo"},
     "datamodules": {"torch", "pytorch_lightning", "torchvision", "sklearn", "numpy", "PIL"},
+    "commands": {
+        *("torch", "pytorch_lightning", "lightning_fabric", "jsonargparse", "yaml", "rich"),
+        *("zoo", "lightning_modules", "datamodules"),
+    },
 }
 
 
@@ -97,19 +104,20 @@ def test_nobody_imports_the_other_lightning() -> None:
 
 # ----------------------------------------------------------------------------------------------------------- what ships
 
+TOP = ("zoo", "lightning_modules", "datamodules", "commands")
+
 
 def test_the_packages_are_the_folders() -> None:
     settings = PYPROJECT["tool"]["setuptools"]
-    top = ("zoo", "lightning_modules", "datamodules")
     folders = {
-        ".".join(file.parent.relative_to(ROOT).parts) for name in top for file in (ROOT / name).rglob("__init__.py")
+        ".".join(file.parent.relative_to(ROOT).parts) for name in TOP for file in (ROOT / name).rglob("__init__.py")
     }
-    code = {".".join(file.parent.relative_to(ROOT).parts) for name in top for file in (ROOT / name).rglob("*.py")}
+    code = {".".join(file.parent.relative_to(ROOT).parts) for name in TOP for file in (ROOT / name).rglob("*.py")}
     assert folders == code, "a folder of code without __init__.py does not ship"
     assert sorted(settings["packages"]) == sorted({*folders, "zoo.checkpoints"})
     assert settings["package-dir"] == {"zoo.checkpoints": "checkpoints"}
     assert settings["py-modules"] == ["cli"]
-    assert all((ROOT / name / "py.typed").is_file() for name in top)
+    assert all((ROOT / name / "py.typed").is_file() for name in TOP)
 
 
 @pytest.fixture(scope="session")
@@ -138,10 +146,14 @@ def test_the_wheel_has_code_types_and_weights(wheel: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
         entry_points = archive.read(f"deq_zoo-{version}.dist-info/entry_points.txt").decode()
-    top = ("zoo", "lightning_modules", "datamodules")
-    sources = {str(file.relative_to(ROOT)) for name in top for file in python_files(name)}
-    shipped = {f"zoo/checkpoints/{file.name}" for file in (ROOT / "checkpoints").iterdir() if file.suffix != ".md"}
-    assert names == {"cli.py", *sources, *shipped, *(f"{name}/py.typed" for name in top)}
+    sources = {str(file.relative_to(ROOT)) for name in TOP for file in python_files(name)}
+    checkpoints = ROOT / "checkpoints"
+    shipped = {
+        f"zoo/checkpoints/{file.relative_to(checkpoints)}"
+        for pattern in ("*.safetensors", "*.json", "originals/*.json")
+        for file in checkpoints.glob(pattern)
+    }
+    assert names == {"cli.py", *sources, *shipped, *(f"{name}/py.typed" for name in TOP)}
     assert "zoo/checkpoints/tanh_deq.digits.safetensors" in names
     (target,) = re.findall(r"^deq-zoo = cli:(\w+)$", entry_points, re.MULTILINE)
     assert callable(getattr(cli, target))
@@ -151,7 +163,7 @@ def test_the_wheel_loads_its_weights(wheel: Path, tmp_path: Path) -> None:
     with zipfile.ZipFile(wheel) as archive:
         archive.extractall(tmp_path)
     program = (
-        "import torch, zoo; print(zoo.__file__); print([w.name for w in zoo.list_weights()]); "
+        "import torch, zoo; print(zoo.__file__); print([w.name for w in zoo.list_weights(source='shipped')]); "
         "print(tuple(zoo.load_pretrained('tanh_deq.digits')(torch.zeros(3, 1, 8, 8)).shape))"
     )
     done = subprocess.run(

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-import cli
+from commands.training import ZooCLI
 
 
 @pytest.fixture(autouse=True)
@@ -24,13 +24,13 @@ def made() -> dict[str, Any]:
 @pytest.fixture(autouse=True)
 def _one_parser(made: dict[str, Any], monkeypatch: pytest.MonkeyPatch) -> None:
     """Making the parser takes longer than parsing, and it is the same for all: make it once."""
-    make = cli.ZooCLI.setup_parser
+    make = ZooCLI.setup_parser
 
-    def make_once(self: cli.ZooCLI, *args: Any) -> None:
+    def make_once(self: ZooCLI, *args: Any) -> None:
         if not made:
             before = dict(vars(self))
             make(self, *args)
             made.update({key: value for key, value in vars(self).items() if before.get(key) is not value})
         vars(self).update(made)
 
-    monkeypatch.setattr(cli.ZooCLI, "setup_parser", make_once)
+    monkeypatch.setattr(ZooCLI, "setup_parser", make_once)

@@ -18,7 +18,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-import cli
+from commands.training import ZooCLI
 from tests.command_line import DIGITS, QUIET, ROOT, TINY, Fitted, fit, main, metrics, rows, said, same, weights
 
 FOLDER = Path("runs", "tanh_deq_digits", "version_0")
@@ -94,15 +94,15 @@ class Interrupt(pl.Callback):
 
 def interrupted(after: int, monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What is said by a run of five epochs of two steps that is interrupted."""
-    make = cli.ZooCLI.instantiate_trainer
+    make = ZooCLI.instantiate_trainer
 
-    def with_an_interrupt(self: cli.ZooCLI) -> pl.Trainer:
+    def with_an_interrupt(self: ZooCLI) -> pl.Trainer:
         trainer = make(self)
         trainer.callbacks.append(Interrupt(after))
         return trainer
 
     with monkeypatch.context() as patch, said() as messages:
-        patch.setattr(cli.ZooCLI, "instantiate_trainer", with_an_interrupt)
+        patch.setattr(ZooCLI, "instantiate_trainer", with_an_interrupt)
         with pytest.raises(SystemExit) as exit_:
             fit("-c", DIGITS, *TINY, "--trainer.max_epochs", "5")
     assert exit_.value.code not in (0, 2)

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 import cli
+from lightning_modules.usage_errors import UsageError
 from tests.command_line import DIGITS, QUIET, ROOT, TINY, Fitted, refused
 
 # What a mistake that passed would cost; the parser takes its time for each option, so this is but one.
@@ -133,9 +134,15 @@ def test_what_is_miswritten(written: str, capsys: pytest.CaptureFixture[str]) ->
 
 MISSING = "missing: data, model. Give a configuration, like -c configs/tanh_deq_digits.yaml, or"
 COMMANDS = {
-    f"fitt -c {DIGITS}": "unknown command 'fitt'. Did you mean 'fit'? Known: fit, validate, test, predict.",
+    f"fitt -c {DIGITS}": (
+        "unknown command 'fitt'. Did you mean 'fit'? "
+        "Known: fit, validate, test, predict, list, convert, evaluate, export."
+    ),
     f"-c {DIGITS} fit": "what is given, -c too, goes after the command: python cli.py fit -c ...",
-    "": 'expected "subcommand" to be one of {fit,validate,test,predict}',
+    "lsit": "unknown command 'lsit'. Did you mean 'list'?",
+    "--json list": "what is given, --json too, goes after the command: python cli.py list --json ...",
+    "--jsn": "what is given, --jsn too, goes after the command: python cli.py COMMAND --jsn ...",
+    "": "a command is missing\n\nusage: python cli.py COMMAND ...",
     **dict.fromkeys(("fit", "validate", "test", "predict"), MISSING),
     "fit -c nowhere/at_all.yaml": "there is no file {cwd}/nowhere/at_all.yaml.",
     f"fit -c {DIGITS.replace('digits', 'digit')}": f"{DIGITS.replace('digits', 'digit')}. Did you mean '{DIGITS}'?",
@@ -167,7 +174,7 @@ def test_the_traceback_is_there_for_those_who_ask(
 ) -> None:
     monkeypatch.setenv("DEQ_ZOO_DEBUG", "1")
     argv = list(sys.argv)
-    with pytest.raises(cli.UsageError, match=re.escape("unknown argument 'model.lrr'")) as error:
+    with pytest.raises(UsageError, match=re.escape("unknown argument 'model.lrr'")) as error:
         cli.main(["fit", "-c", DIGITS, "--model.lrr", "3"])
     assert error.value.__cause__ is not None
     assert capsys.readouterr().err == ""

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 import cli
+from commands.training import ZooCLI
 from tests.command_line import DIGITS, QUIET, RESUME, TINY, Fitted, fit, main, refused, rows
 from tests.lightning_modules.runs import Rates
 
@@ -72,8 +73,8 @@ def test_the_optimizers_arguments_are_the_checkpoints_too(fitted: Fitted) -> Non
 def test_a_resumed_run_that_is_longer_does_not_climb(fitted: Fitted, monkeypatch: pytest.MonkeyPatch) -> None:
     """The default recipe's schedule, over three epochs of two batches, then over six."""
     seen = Rates()
-    make = cli.ZooCLI.before_fit
-    monkeypatch.setattr(cli.ZooCLI, "before_fit", lambda self: (self.trainer.callbacks.append(seen), make(self)))
+    make = ZooCLI.before_fit
+    monkeypatch.setattr(ZooCLI, "before_fit", lambda self: (self.trainer.callbacks.append(seen), make(self)))
     fit("--ckpt_path", fitted.last, *RESUME, "--trainer.max_epochs", "6", "--test_after_fit", "false")
     assert len(seen.rates) == 6
     assert all(a > b > 0 for a, b in itertools.pairwise(seen.rates))
