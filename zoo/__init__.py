@@ -9,6 +9,7 @@ from . import implicit
 from .backbone import load_backbone
 from .errors import InputError, ReinitializedWarning, WeightsError
 from .flow import DEQFlow, FlowCell
+from .freezing import freeze, freeze_statistics, unfreeze
 from .mdeq import MDEQ, MDEQCell, MDEQSegmenter
 from .originals import UnusedWeightsWarning, load_original
 from .records import WeightsRecord, list_weights
@@ -42,6 +43,8 @@ __all__ = [
     "WeightsError",
     "WeightsRecord",
     "create_model",
+    "freeze",
+    "freeze_statistics",
     "implicit",
     "list_models",
     "list_weights",
@@ -51,4 +54,5 @@ __all__ = [
     "register_model",
     "save_weights",
     "spec_of",
+    "unfreeze",
 ]
