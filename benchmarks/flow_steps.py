@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torchvision.models.optical_flow import raft_large
 
 import zoo
+from lightning_modules.memory import peak_bytes
 from zoo.flow import DEQFlow, FlowCell
 from zoo.implicit import (
     Anderson,
@@ -26,7 +27,6 @@ from zoo.implicit import (
 
 from .clock import interleaved
 from .command import Data
-from .memory import peak_bytes
 
 IMPLICIT, PHANTOM = "implicit gradient", "phantom gradient"
 CORRECTED, AGAIN = "phantom gradient, trajectory", "phantom gradient, trajectory, recompute"

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from lightning_modules.memory import peak_bytes
 from zoo.implicit import Anderson, fixed_point
 
 from . import contestants as c
@@ -19,7 +20,6 @@ from .contestants import Contestant, Zoo
 from .counts import Count, Counting, backward_count, forward_count, residual_trace, sample_evaluations
 from .end_to_end import Setting
 from .end_to_end import settings as settings_of
-from .memory import peak_bytes
 
 Data = dict[str, Any]
 

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
+from lightning_modules.memory import peak_bytes
 from zoo.implicit import DEQ, GMRES, Broyden, ImplicitGradient, fixed_point, spectral_radius
 from zoo.implicit.computed_weights import computed_once
 
@@ -22,7 +23,6 @@ from .command import Data
 from .contestants import Contestant, Zoo
 from .counts import Counting
 from .end_to_end import TOLERANCES, Pair, pair_name, relative_error, tight_enough
-from .memory import peak_bytes
 from .report import table
 
 MAX_STEPS = 60

@@ -24,8 +24,8 @@ from benchmarks.counts import (
     sample_evaluations,
 )
 from benchmarks.end_to_end import exact_gradient, loosest, relative_error, settings
-from benchmarks.memory import PeakMemory, peak_bytes
 from benchmarks.problems import LinearCell, Problem, TanhCell
+from lightning_modules.memory import PeakMemory, peak_bytes
 from zoo.implicit import Anderson, FixedPointIteration
 
 PLAIN = Zoo("plain", FixedPointIteration(check_every=1))
