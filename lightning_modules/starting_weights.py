@@ -52,8 +52,10 @@ def _read(path: str, model: nn.Module) -> dict[str, Tensor]:
         read_checkpoint(path)  # every byte of it checked
         state = torch.load(file, map_location="cpu", weights_only=True)["state_dict"]
         return {key.removeprefix(_MODEL): value for key, value in state.items() if key.startswith(_MODEL)}
-    if file.suffix == ".safetensors" and (state := read_weights(file)) is not None:
-        return state
+    if file.suffix == ".safetensors":
+        spec, state = read_weights(file)
+        if spec is not None:
+            return state
     # What no shape tells, as how wide a window of the correlation is, the model says.
     arguments = {key: value for key, value in zoo.spec_of(model).arguments.items() if key not in ("solver", "gradient")}
     return zoo.load_original(path, **arguments).state_dict()

@@ -38,7 +38,9 @@ def load_pretrained(name: str, **overrides: Any) -> nn.Module:
         return _from_torchvision(name, overrides)
     record = find_record(name)
     data = _verified(record)
-    spec, state = parse_weights(data, str(record.path))
+    spec, state = parse_weights(bytearray(data), str(record.path))
+    if spec is None:
+        raise WeightsError(f"{record.path} does not say which model it belongs to: its header has no 'deq_zoo'")
     model = create_model(spec.model, **{**spec.arguments, **overrides})
 
     if "num_classes" in overrides:
