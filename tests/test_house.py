@@ -31,6 +31,7 @@ MAY_IMPORT = {
     "zoo": {  # torchvision for blocks of explicit layers; clients of hubs and exporters only where they are used
         *("torch", "torchvision", "safetensors", "matplotlib"),
         *("huggingface_hub", "wandb", "onnx", "onnxscript", "onnxruntime"),
+        *("filelock", "rich"),  # downloads: one process at a time, and its progress bar
     },
     "lightning_modules": {"torch", "torchvision", "pytorch_lightning", "lightning_fabric", "torchmetrics", "zoo"},
     "datamodules": {"torch", "pytorch_lightning", "torchvision", "sklearn", "numpy", "PIL"},

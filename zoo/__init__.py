@@ -10,6 +10,7 @@ from .backbone import load_backbone
 from .errors import InputError, ReinitializedWarning, WeightsError
 from .flow import DEQFlow, FlowCell
 from .freezing import freeze, freeze_statistics, unfreeze
+from .hubs import from_pretrained, push_to_hub, save_pretrained
 from .mdeq import MDEQ, MDEQCell, MDEQSegmenter
 from .originals import UnusedWeightsWarning, load_original
 from .records import WeightsRecord, list_weights
@@ -45,13 +46,16 @@ __all__ = [
     "create_model",
     "freeze",
     "freeze_statistics",
+    "from_pretrained",
     "implicit",
     "list_models",
     "list_weights",
     "load_backbone",
     "load_original",
     "load_pretrained",
+    "push_to_hub",
     "register_model",
+    "save_pretrained",
     "save_weights",
     "spec_of",
     "unfreeze",
