@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import replace
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 import zoo
+from zoo.freezing import frozen_statistics
 from zoo.implicit import DEQ, Gradient, Solver, jacobian_penalty, one_draw, spectral_radius
 from zoo.implicit.solvers.base import is_count
 from zoo.registry import plain
@@ -50,6 +52,8 @@ class EquilibriumModule(pl.LightningModule):
         weights_from: start from all weights of this file, with a new optimizer, as one stage of training goes on from
             another: a checkpoint of a run, a ``.safetensors`` file of the zoo, or a file that ``zoo.load_original``
             reads.
+        freeze: parts of the model that training leaves as they are, patterns of the names of its parameters, like
+            ``["stem.*", "deq.*"]``; see :func:`zoo.freeze`.
         solver: how the equilibrium is solved, like ``Anderson``; the model's own choice if not given. An object, its
             plain description, or a name.
         gradient: how the equilibrium is differentiated, like ``ImplicitGradient``; likewise.
@@ -89,6 +93,7 @@ class EquilibriumModule(pl.LightningModule):
         pretrained: str | None = None,
         backbone: str | None = None,
         weights_from: str | None = None,
+        freeze: list[str] | None = None,
         solver: Solver | None = None,
         gradient: Gradient | None = None,
         pretrain_steps: int = 0,
@@ -169,6 +174,7 @@ class EquilibriumModule(pl.LightningModule):
             zoo.load_backbone(self.model, backbone)
         if weights_from is not None:
             load_weights(self.model, weights_from)
+        _freeze(self.model, freeze)
         _require(
             bool(self.equilibria()) or not any((pretrain_steps, jacobian_weight, jacobian_growth)),
             f"pretrain_steps, jacobian_weight and jacobian_growth take 0 for {model!r}, which has no equilibrium layer",
@@ -214,6 +220,11 @@ class EquilibriumModule(pl.LightningModule):
                     f"the data have {have}, and the model was asked for {value}: "
                     f"give it {name}={theirs} (--model.{name} {theirs})"
                 )
+
+    def on_fit_start(self) -> None:
+        """Lightning need not warn of modules in eval mode where these are the frozen normalisations, and no other."""
+        if frozen := frozen_statistics(self.model):
+            warnings.filterwarnings("ignore", message=rf"Found {len(frozen)} module\(s\) in eval mode")
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Say which classes made this run, so that ``cli.py test --ckpt_path`` needs nothing else."""
@@ -452,6 +463,18 @@ def _class_path(thing: object) -> str:
     package = cls.__module__.partition(".")[0]
     public = getattr(sys.modules[package], cls.__name__, None) is cls
     return f"{package if public else cls.__module__}.{cls.__qualname__}"
+
+
+def _freeze(model: nn.Module, patterns: list[str] | None) -> None:
+    if not patterns:
+        return
+    _require(not isinstance(patterns, str), "freeze takes a list of patterns, like ['stem.*']", patterns)
+    zoo.freeze(model, *patterns)
+    _require(
+        any(parameter.requires_grad for parameter in model.parameters()),
+        "freeze has to leave a part of the model to train, like its head",
+        patterns,
+    )
 
 
 def _make_model(model: str, pretrained: str | None, arguments: dict[str, Any]) -> nn.Module:

@@ -8,7 +8,6 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor
-from torch.nn.modules.batchnorm import _BatchNorm
 
 import zoo
 from zoo import InputError
@@ -106,6 +105,8 @@ class OpticalFlow(EquilibriumModule):
         self.sliced = sliced
         self.max_flow = max_flow
         self.freeze_batch_norm = freeze_batch_norm
+        if freeze_batch_norm:
+            zoo.freeze_statistics(self.model)
         self.warm_start = warm_start
         self.train_errors, self.val_errors, self.test_errors = FlowErrors(), FlowErrors(), FlowErrors()
         self._stream: FlowStream | None = None
@@ -121,7 +122,6 @@ class OpticalFlow(EquilibriumModule):
     def training_step(self, batch: Batch, batch_index: int) -> Tensor:
         """The fixed-point correction loss plus the Jacobian term."""
         inputs, (target, valid, occluded) = self._inputs(batch)
-        self._freeze()
         forward = self._states if len(inputs) == 2 else self._states_of_video
         flows, jacobian_term = self.regularized("train", *inputs, forward=forward)
         loss = fixed_point_correction(lambda flow: self._distance(flow, target, valid), flows, gamma=self.gamma)
@@ -175,18 +175,6 @@ class OpticalFlow(EquilibriumModule):
         """mean(valid |flow - target|), over both channels and all pixels."""
         counts = valid & (target.square().sum(dim=1) < self.max_flow**2)
         return (flow - target).abs().where(counts.unsqueeze(1), 0).mean()
-
-    def train(self, mode: bool = True) -> OpticalFlow:
-        """As always, but for batch norms that are frozen."""
-        super().train(mode)
-        self._freeze()
-        return self
-
-    def _freeze(self) -> None:
-        if self.freeze_batch_norm:
-            for layer in self.modules():
-                if isinstance(layer, _BatchNorm):
-                    layer.eval()
 
     # --- evaluation
 

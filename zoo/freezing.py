@@ -44,6 +44,11 @@ def freeze_statistics(model: nn.Module) -> None:
         _keep(norm)
 
 
+def frozen_statistics(model: nn.Module) -> list[str]:
+    """The names of the normalisations whose running statistics are frozen."""
+    return [name for name, norm in _norms(model) if "train" in vars(norm)]
+
+
 def _set(model: nn.Module, patterns: tuple[str, ...], *, frozen: bool) -> list[str]:
     parameters = dict(model.named_parameters(remove_duplicate=False))
     _check(type(model).__name__, patterns, list(parameters))
