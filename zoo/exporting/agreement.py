@@ -1,0 +1,101 @@
+"""Whether a graph does what its model does."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from ..implicit.exported import GraphReport
+from .errors import ExportError
+from .tasks import Task
+
+Runner = Callable[[tuple[Tensor, ...]], dict[str, Tensor]]
+"""A graph that was read from its file."""
+
+
+@dataclass(frozen=True)
+class Agreement:
+    """How well a graph agrees with its model on one batch.
+
+    Rounding differs between them, so a sample whose residual is about ``tol`` may take a step more in one of them; and
+    what has not converged may be anywhere. So values are compared where both made the same number of steps and
+    converged.
+
+    Attributes:
+        difference: the largest difference of an output, divided by that output's largest value where this is above 1.
+        compared: samples whose values were compared, of ``batch``.
+        steps: of each sample in the graph; empty for a model without an equilibrium.
+        model_steps: likewise in the model.
+    """
+
+    batch: int
+    difference: float
+    compared: int
+    steps: tuple[int, ...]
+    model_steps: tuple[int, ...]
+
+
+def agreement(task: Task, run: Runner, inputs: tuple[Tensor, ...], tolerance: float) -> Agreement:
+    """Compare on one batch.
+
+    Raises:
+        ExportError: the difference is above ``tolerance``, or no sample could be compared though the model converged.
+    """
+    with torch.no_grad():
+        wanted = {name: x.cpu() for name, x in task(*inputs).items()}
+    found = run(inputs)
+    batch = len(inputs[0])
+    same = torch.ones(batch, dtype=torch.bool)
+    steps: Sequence[Tensor] = ()
+    if task.layer is not None:
+        same = wanted["converged"] & found["converged"] & (wanted["steps"] == found["steps"])
+        steps = found["steps"], wanted["steps"]
+        if wanted["converged"].any() and not same.any():
+            raise ExportError(
+                f"the graph does not solve as the model does: it made {steps[0].tolist()} steps, and the model "
+                f"{steps[1].tolist()}. Nothing was written"
+            )
+    differences = {
+        name: float((found[name] - x)[same].abs().amax() / x[same].abs().amax().clamp_min(1)) if same.any() else 0.0
+        for name, x in wanted.items()
+        if name not in GraphReport._fields
+    }
+    worst = max(differences, key=lambda name: differences[name])
+    if not differences[worst] <= tolerance:
+        raise ExportError(
+            f"the graph's {worst} differs from the model's by {differences[worst]:.1e}, more than {tolerance:.1e}. "
+            "Nothing was written. Give a larger tolerance if that is what rounding makes of this model"
+        )
+    return Agreement(batch, differences[worst], int(same.sum()), *(tuple(x.tolist()) for x in steps or ([], [])))
+
+
+def onnx_runner(path: Path, output_names: list[str]) -> Runner:
+    """An ONNX file in onnxruntime, on the CPU."""
+    import onnxruntime
+
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = 3  # errors; its warnings are of what its own optimiser removes
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+
+    def run(inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        named = {x.name: value.cpu().numpy() for x, value in zip(session.get_inputs(), inputs, strict=True)}
+        values = (torch.from_numpy(value) for value in session.run(output_names, named))
+        return dict(zip(output_names, values, strict=True))
+
+    return run
+
+
+def program_runner(path: Path, output_names: list[str]) -> Runner:
+    """A program of ``torch.export``, read again."""
+    program = torch.export.load(path).module()
+
+    def run(inputs: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        with torch.no_grad():
+            outputs = program(*inputs)
+        return {name: outputs[name].cpu() for name in output_names}
+
+    return run
