@@ -124,7 +124,8 @@ def read_file(path: str | os.PathLike[str]) -> bytearray:
     try:
         found = path.stat()
         if not stat.S_ISREG(found.st_mode):  # a pipe would never end
-            raise WeightsError(f"{path} is no file, but a {'folder' if stat.S_ISDIR(found.st_mode) else 'device'}")
+            what = "a folder" if stat.S_ISDIR(found.st_mode) else "a device"
+            raise WeightsError(f"{path} cannot be read: it is {what}, and no file")
         data = bytearray(found.st_size)
         with path.open("rb", buffering=0) as file:
             read = 0
@@ -132,7 +133,7 @@ def read_file(path: str | os.PathLike[str]) -> bytearray:
                 while count := file.readinto(rest[read:]):
                     read += count
     except OSError as error:
-        raise WeightsError(f"{path} cannot be read ({error.strerror or error})") from None
+        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from None
     if read < len(data):
         raise WeightsError(f"{path} became shorter while it was read; read it again when it is written")
     return data
