@@ -60,7 +60,7 @@ class Blobs:
             record = Recorded(**json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError:
             return None
-        except (OSError, TypeError, ValueError) as error:
+        except (TypeError, ValueError) as error:
             raise WeightsError(f"{path} is damaged ({error}); delete it, and {shown(source)} is fetched anew") from None
         if not _SHA256.fullmatch(str(record.sha256)):
             raise WeightsError(f"{path} is damaged (no sha256); delete it, and {shown(source)} is fetched anew")

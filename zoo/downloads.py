@@ -63,13 +63,10 @@ def download(url: str, blobs: Blobs, *, offline: bool, sha256: str | None = None
             f"{shown(url)} is not in the cache (it would be {where}), and nothing is fetched offline; load it once "
             "where there is a network, with the same cache, or load a copy of the file by its path"
         )
-    try:
-        with blobs.lock(url):
-            known = blobs.recorded(url)  # by a process that was before this one
-            wanted = sha256 or (known.sha256 if known else None)
-            return (wanted and blobs.find(wanted)) or _fetch(url, blobs, wanted, pinned=sha256 is not None)
-    except OSError as error:
-        raise WeightsError(f"{shown(url)} cannot be kept in the cache {blobs.folder}: {error}") from None
+    with blobs.lock(url):
+        known = blobs.recorded(url)  # by a process that was before this one
+        wanted = sha256 or (known.sha256 if known else None)
+        return (wanted and blobs.find(wanted)) or _fetch(url, blobs, wanted, pinned=sha256 is not None)
 
 
 def _fetch(url: str, blobs: Blobs, wanted: str | None, *, pinned: bool) -> Path:
@@ -281,6 +278,7 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
         new, old = urlsplit(newurl), urlsplit(req.full_url)
         plain = new.scheme == "http" and (self.pinned or (old.scheme == "http" and _is_here(new.hostname)))
         if new.scheme != "https" and not plain:
+            fp.close()
             raise WeightsError(
                 f"{shown(req.full_url)} redirects to {shown(newurl)}, which is not followed: only to https: addresses"
             )

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 from . import cache
-from .blobs import Blobs, checked_sha256
+from .blobs import Blobs, checked_sha256, shown
+from .errors import WeightsError
 
 _REMOTE = ("https:", "http:", "hf:", "wandb:")
 
@@ -41,19 +42,22 @@ def fetch(
     source, sha256 = _pinned(source, sha256)
     kind, _, rest = source.partition(":")
     blobs, is_offline = Blobs(cache.cache_dir(cache_dir)), cache.is_offline(offline)
-    match kind.lower():
-        case "https" | "http":
-            from .downloads import download
+    try:
+        match kind.lower():
+            case "https" | "http":
+                from .downloads import download
 
-            return download(source, blobs, offline=is_offline, sha256=sha256)
-        case "hf":
-            from .hubs import fetch_from_hub
+                return download(source, blobs, offline=is_offline, sha256=sha256)
+            case "hf":
+                from .hubs import fetch_from_hub
 
-            return fetch_from_hub(rest, blobs, offline=is_offline, sha256=sha256)
-        case "wandb":
-            from .artifacts import fetch_artifact
+                return fetch_from_hub(rest, blobs, offline=is_offline, sha256=sha256)
+            case "wandb":
+                from .artifacts import fetch_artifact
 
-            return fetch_artifact(rest, blobs, offline=is_offline, sha256=sha256)
+                return fetch_artifact(rest, blobs, offline=is_offline, sha256=sha256)
+    except OSError as error:
+        raise WeightsError(f"{shown(source)} cannot be kept in the cache {blobs.folder}: {error}") from None
     raise ValueError(f"{source!r} is nothing to be fetched; what is begins with {', '.join(_REMOTE)}")
 
 
