@@ -134,6 +134,8 @@ def _told(*errors: type[Exception]) -> Iterator[None]:
     """Errors of the user's are one message, and exit status 2."""
     try:
         yield
+    except BrokenPipeError:  # no error: who reads the output has enough of it
+        raise
     except errors as error:
         if os.environ.get("DEQ_ZOO_DEBUG"):
             raise
@@ -150,7 +152,11 @@ def _nearest(given: str, valid: list[str]) -> str:
 
 def console() -> None:
     """The installed command ``deq-zoo``, whose exit status is 0 unless something is raised."""
-    main()
+    try:
+        main()
+        sys.stdout.flush()
+    except BrokenPipeError:  # as of ``| head``; nothing more can be written, at exit neither
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 if __name__ == "__main__":
