@@ -9,7 +9,7 @@ as they are done, and files with all lines so far are written after each.
 from __future__ import annotations
 
 import argparse
-import os
+import re
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -62,23 +62,23 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate, print and write.
 
     Raises:
-        ValueError: the pattern matches nothing, or ``--as`` names nothing.
+        ValueError: the pattern matches nothing, ``--as`` names nothing, or the device is not here.
         OSError: the files cannot be written.
         SystemExit: 1 if a recorded metric is not reproduced, a weight failed, or none could be measured.
     """
     from zoo.records import find_record, list_weights
 
+    _require_device(args.device)
     like = None if args.like is None else find_record(args.like)
-    records = [None] if (found := list_weights(args.pattern)) == [] else found
-    if records == [None]:
+    chosen: dict[str, WeightsRecord | None] = {record.name: record for record in list_weights(args.pattern)}
+    if not chosen:
         _require_source(args.pattern)
+        chosen = {args.pattern: None}
     out = args.out or time.strftime("runs/evaluation-%Y%m%d-%H%M%S")
-    files = Files(Path(out.removesuffix(".md").removesuffix(".csv").removesuffix(".json")), vars(args))
-    files.write([])  # so that a folder that cannot be written to is found before anything is measured
-    names = [args.pattern if record is None else record.name for record in records]
-    printer = PRINTERS[args.format](max(map(len, names)))
+    files = Files(Path(re.sub(r"\.(csv|json|md)$", "", out)), vars(args))
+    printer = PRINTERS[args.format](max(map(len, chosen)))
     rows = []
-    for name, record in zip(names, records, strict=True):
+    for name, record in chosen.items():
         row = evaluate(name, record, like, args)
         rows.append(row)
         files.write(rows)
@@ -145,7 +145,7 @@ def _row(
 def _evaluation(
     name: str, record: WeightsRecord | None, like: WeightsRecord | None, model: nn.Module
 ) -> Mapping[str, Any]:
-    """The task and the data: those of the record; of ``--as``; of the checkpoint; of the only record of its model.
+    """The task and the data: of the record; of ``--as``; of the checkpoint; of the only other record of its model.
 
     Raises:
         ValueError: there is none, or there are several.
@@ -156,26 +156,23 @@ def _evaluation(
 
     from .measuring import evaluation_of
 
-    for chosen in (like, record):
+    for chosen in (record, like):
         if chosen is not None and chosen.evaluation is not None:
             return chosen.evaluation
-        if chosen is not None:
-            raise ValueError(
-                f"the record of {chosen.name} does not say how it is evaluated; name weights that are evaluated on the "
-                "same task and data (--as NAME)"
-            )
-    path = Path(name.removeprefix("file:"), "checkpoints", "best.ckpt") if Path(name).is_dir() else Path(name)
+    path = Path(name.removeprefix("file:"))
+    if path.is_dir():
+        path = path / "checkpoints" / "best.ckpt"
     if path.suffix == ".ckpt" and path.is_file():
         return evaluation_of(read_checkpoint(str(path))["made_by"])
     arch = spec_of(model).model
-    same = [each for each in list_weights() if each.model == arch and each.evaluation is not None]
-    if len(same) != 1 or same[0].evaluation is None:
-        known = f"several weights of {arch} are: {', '.join(each.name for each in same)}" if same else "no weights are"
+    same = {each.name: each.evaluation for each in list_weights() if each.model == arch and each.evaluation}
+    if len(same) != 1:
+        known = f"several weights of {arch} do: {', '.join(same)}" if same else f"no weights of {arch} do"
         raise ValueError(
-            f"it is not known how {name} is evaluated, since {known}; name weights that are evaluated on the same task "
+            f"{name} does not say how it is evaluated, and {known}; name weights that are evaluated on the same task "
             "and data (--as NAME)"
         )
-    return same[0].evaluation
+    return next(iter(same.values()))
 
 
 def _require_source(pattern: str) -> None:
@@ -183,10 +180,18 @@ def _require_source(pattern: str) -> None:
     from zoo.implicit.choices import nearest
     from zoo.records import list_weights
 
-    if Path(pattern).exists() or any(sign in pattern for sign in (":", "/", os.sep)) or pattern.endswith(".ckpt"):
+    if ":" in pattern or "/" in pattern or Path(pattern).exists() or pattern.endswith((".ckpt", ".safetensors")):
         return
     names = [record.name for record in list_weights()]
     raise ValueError(f"no weights match {pattern!r}.{nearest(pattern.replace('*', ''), names)}")
+
+
+def _require_device(device: str) -> None:
+    """Raise ValueError for a device that is not here: else each row would say so."""
+    import torch
+
+    if device in {"cuda", "mps"} and not getattr(torch, device).is_available():
+        raise ValueError(f"--device {device} is not available here; take cpu, or auto")
 
 
 def _is_bad(row: Row) -> bool:

@@ -258,7 +258,7 @@ def _now(device: torch.device) -> float:
 
 def _task(model: nn.Module, chosen: Mapping[str, Any]) -> EquilibriumModule:
     """The task that tests this model."""
-    cls = _class(chosen["class_path"], lightning_modules, EquilibriumModule)
+    cls = public_class(chosen["class_path"], lightning_modules, EquilibriumModule)
     spec, own = zoo.spec_of(model), dict(chosen["init_args"])
     arguments = {key: value for key, value in spec.arguments.items() if key not in own}
     task: EquilibriumModule = cls(model=spec.model, model_args=arguments, **own)
@@ -268,7 +268,7 @@ def _task(model: nn.Module, chosen: Mapping[str, Any]) -> EquilibriumModule:
 
 def _data(chosen: Mapping[str, Any], batch_size: int | None, root: str | None) -> pl.LightningDataModule:
     """The data, in batches of another size and from another folder where that is asked for."""
-    cls = _class(chosen["class_path"], datamodules, pl.LightningDataModule)
+    cls = public_class(chosen["class_path"], datamodules, pl.LightningDataModule)
     arguments = dict(chosen["init_args"])
     known = inspect.signature(cls).parameters
     if batch_size is not None:
@@ -279,7 +279,7 @@ def _data(chosen: Mapping[str, Any], batch_size: int | None, root: str | None) -
     return data
 
 
-def _class(path: str, package: ModuleType, kind: type) -> Any:
+def public_class(path: str, package: ModuleType, kind: type) -> Any:
     """A public class of this package, of this kind; nothing else is ever imported or called.
 
     Raises:

@@ -121,15 +121,21 @@ class Files:
     """NAME.csv, NAME.json and NAME.md, with all rows so far.
 
     Each is written beside its place and then moved there: an interruption leaves the one before.
+
+    Raises:
+        OSError: they cannot be written there.
     """
 
     def __init__(self, name: Path, asked: Mapping[str, Any]) -> None:
         self.paths = [name.with_name(f"{name.name}.{ending}") for ending in ("csv", "json", "md")]
         self.made = {"asked": dict(asked), **_machine()}
+        name.parent.mkdir(parents=True, exist_ok=True)
+        for path in self.paths:  # a folder that cannot be written to is found before anything is measured
+            _beside(path).touch()
+            _beside(path).unlink()
 
     def write(self, rows: Sequence[Row]) -> None:
         """Write all three."""
-        self.paths[0].parent.mkdir(parents=True, exist_ok=True)
         asked = ", ".join(f"{key}={value}" for key, value in self.made["asked"].items() if value is not None)
         machine = ", ".join(f"{key} {value}" for key, value in self.made.items() if key != "asked")
         width = max((len(row.weights) for row in rows), default=0)
@@ -142,9 +148,12 @@ class Files:
             + "\n",
         )
         for path, content in zip(self.paths, contents, strict=True):
-            beside = path.with_name(f".{path.name}.part")
-            beside.write_text(content, encoding="utf-8")
-            beside.replace(path)
+            _beside(path).write_text(content, encoding="utf-8")
+            _beside(path).replace(path)
+
+
+def _beside(path: Path) -> Path:
+    return path.with_name(f".{path.name}.part")
 
 
 def _machine() -> dict[str, Any]:
