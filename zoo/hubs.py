@@ -21,7 +21,7 @@ from .weights import load_pretrained
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
 
-_NAME = re.compile(r"(?P<repo>[\w.-]+/[\w.-]+)(?:@(?P<revision>refs/pr/\d+|[\w.-]+))?(?:/(?P<file>[^@]+))?")
+_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>refs/pr/\d+|[\w.-]+))?(?:/(?P<file>[^@]+))?")
 _LICENCES = {"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "mit"}  # as the hub spells them
 
 
@@ -128,7 +128,7 @@ def from_pretrained(repo_or_folder: str | os.PathLike[str], revision: str | None
         if revision is not None:
             raise ValueError(f"{name} is a folder, which has no revision {revision!r}")
         return load_pretrained(str(Path(name).expanduser()), **arguments)
-    if not re.fullmatch(r"[\w.-]+/[\w.-]+", name):
+    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
         raise ValueError(f"there is no folder {name}, and a repository of the Hugging Face hub is written org/name")
     return load_pretrained(f"hf:{name}" + (f"@{revision}" if revision else ""), **arguments)
 
