@@ -145,7 +145,7 @@ def _row(
 def _evaluation(
     name: str, record: WeightsRecord | None, like: WeightsRecord | None, model: nn.Module
 ) -> Mapping[str, Any]:
-    """The task and the data: of the record; of ``--as``; of the checkpoint; of the only other record of its model.
+    """The task and the data: of the record, or of ``--as``; of a checkpoint; of the only record of a file's model.
 
     Raises:
         ValueError: there is none, or there are several.
@@ -159,6 +159,11 @@ def _evaluation(
     for chosen in (record, like):
         if chosen is not None and chosen.evaluation is not None:
             return chosen.evaluation
+    if record is not None:
+        raise ValueError(
+            f"the record of {name} does not say how it is evaluated; name weights that are evaluated on the same task "
+            "and data (--as NAME)"
+        )
     path = Path(name.removeprefix("file:"))
     if path.is_dir():
         path = path / "checkpoints" / "best.ckpt"
@@ -199,7 +204,6 @@ def _is_bad(row: Row) -> bool:
 
 
 def _count(text: str) -> int:
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"a whole number, at least 1; given: {text}")
-    return value
+    if not (text.isdecimal() and int(text) > 0):
+        raise argparse.ArgumentTypeError(f"takes a whole number, at least 1; given: {text!r}")
+    return int(text)
