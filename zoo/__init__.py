@@ -8,6 +8,7 @@
 from . import implicit
 from .backbone import load_backbone
 from .errors import InputError, ReinitializedWarning, WeightsError
+from .exporting import export
 from .flow import DEQFlow, FlowCell
 from .freezing import freeze, freeze_statistics, unfreeze
 from .hubs import from_pretrained, push_to_hub, save_pretrained
@@ -44,6 +45,7 @@ __all__ = [
     "WeightsError",
     "WeightsRecord",
     "create_model",
+    "export",
     "freeze",
     "freeze_statistics",
     "from_pretrained",
