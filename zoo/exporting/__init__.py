@@ -27,6 +27,7 @@ __all__ = ["Agreement", "ExportError", "Exported", "check_target", "example_inpu
 
 ONNX, PROGRAM = ".onnx", ".pt2"
 BATCH = "batch"
+_OPSET = 18  # in which torch writes; its way to later ones leaves GridSample as it was, and onnxruntime refuses that
 _INLINE = 1 << 30  # bytes of weights; one ONNX file holds less than 2 GiB
 
 
@@ -130,12 +131,15 @@ def _write_onnx(program: ExportedProgram, path: Path, input_names: list[str], ou
     size = sum(x.numel() * x.element_size() for x in program.state_dict.values() if isinstance(x, Tensor))
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of torch about its own ways of writing
-        torch.onnx.export(
+        written = torch.onnx.export(
             program,
-            f=path,
             input_names=input_names,
             output_names=output_names,
+            opset_version=_OPSET,
             dynamo=True,
             verbose=False,
-            external_data=size > _INLINE,
         )
+    assert written is not None  # noqa: S101 - for the type checker
+    for node in written.model.graph.all_nodes():
+        node.metadata_props.clear()  # where in whose source each operator stood, most of the file
+    written.save(path, external_data=size > _INLINE)

@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from ..implicit.exported import GraphReport
+from zoo.implicit.exported import GraphReport
 from .errors import ExportError
 from .tasks import Task
 

@@ -8,12 +8,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from ..errors import InputError
-from ..flow import DEQFlow
-from ..language import TextModel
-from ..mdeq import MDEQ, MDEQSegmenter
-from ..resnet import ResNet
-from ..tanh import TanhDEQ
+from zoo.errors import InputError
+from zoo.flow import DEQFlow
+from zoo.language import TextModel
+from zoo.mdeq import MDEQ, MDEQSegmenter
+from zoo.resnet import ResNet
+from zoo.tanh import TanhDEQ
 
 _SHIFT = 2  # pixels between the two images of a flow
 

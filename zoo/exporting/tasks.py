@@ -7,15 +7,18 @@ import inspect
 import re
 from typing import Any, cast
 
+import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
-from ..errors import InputError
-from ..flow import DEQFlow
-from ..implicit import DEQ, SolverReport
-from ..implicit.exported import ExportableDEQ, GraphReport, check_exportable
-from ..language import TextModel
+from zoo.errors import InputError
+from zoo.flow import DEQFlow
+from zoo.implicit import DEQ, SolverReport
+from zoo.implicit.exported import ExportableDEQ, GraphReport, check_exportable
+from zoo.language import TextModel
+from zoo.transformer import DEQTransformer, Memory
+from zoo.video import FlowState
 from .errors import ExportError
 
 _CHECKS = ("check_images", "check_tokens", "check_memory")
@@ -65,13 +68,13 @@ class Task(nn.Module):
     def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
         """The outputs by name, with the report of the solve after those of the model."""
         inputs = pytree.tree_unflatten(tensors, self._structure)
-        reports: list[GraphReport | SolverReport] = []
         if self.layer is None:
-            return self._outputs(self.model(*inputs), inputs)
+            return _outputs(self.model, inputs)
+        reports: list[GraphReport | SolverReport] = []
         layer = self.model.get_submodule(self.layer)
         watching = layer.register_forward_hook(lambda _, __, output: reports.append(output[1]))
         try:
-            outputs = self._outputs(self.model(*inputs), inputs)
+            outputs = _outputs(self.model, inputs)
         finally:
             watching.remove()
         return outputs | {name: getattr(reports[-1], name) for name in GraphReport._fields}
@@ -90,12 +93,28 @@ class Task(nn.Module):
             graph.model.set_submodule(graph.layer, ExportableDEQ(deq))
         return graph.requires_grad_(requires_grad=False)
 
-    def _outputs(self, found: Any, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
-        if isinstance(self.model, TextModel):
-            h, memory = found
-            log_p = {"log_p": self.model.vocabulary.log_probs(h)}
-            return log_p if len(inputs) == 1 else log_p | _named("new_memory", memory)
-        return _named("flow" if isinstance(self.model, DEQFlow) else "output", found)
+
+def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
+    """What the model gives, written such that nothing in it needs to know the number of samples."""
+    if isinstance(model, TextModel):
+        remembers = len(inputs) > 1
+        if isinstance(model, DEQTransformer) and not remembers:
+            widths = (model.vocabulary.d_model, model.injection.out_features)
+            empty = (model.injection.weight.new_zeros(inputs[0].shape[0], 0, width) for width in widths)
+            inputs = (*inputs, Memory(*empty))
+        h, memory = model(*inputs)
+        log_p = {"log_p": model.vocabulary.log_probs(h)}
+        return log_p | _named("new_memory", memory) if remembers else log_p
+    if isinstance(model, DEQFlow):
+        image1, image2 = inputs
+        model.check_images(image1, image2)
+        context = model.context(image1)
+        h = torch.zeros_like(context)  # the context has as many channels
+        z, _ = model.deq(
+            *model.injection(model.features(image1), model.features(image2), context), z0=(h, torch.zeros_like(h[:, :2]))
+        )
+        return {"flow": model.upsampled(FlowState(*z), image1.shape[2:])}
+    return _named("output", model(*inputs))
 
 
 def _keep_computed_weights(module: nn.Module) -> None:

@@ -6,47 +6,69 @@ import torch
 from torch import Tensor
 
 
-def solve_definite(A: Tensor, b: Tensor) -> tuple[Tensor, Tensor]:
+def solve_definite(A: Tensor, b: Tensor, count: Tensor) -> tuple[Tensor, Tensor]:
     """The x with A x = b for symmetric positive definite A, by elimination without pivoting.
 
-    Shape:
-        A ``(B, m, m)``, b ``(B, m)`` -> x ``(B, m)``, and whether all pivots were positive, ``(B,)``, as those of a
-        Cholesky factorisation have to be. Where they were not, x has values without meaning.
+    Args:
+        A: ``(B, m, m)``; from row and column ``count`` on those of the identity.
+        b: ``(B, m)``; 0 there.
+        count: how many unknowns there are, a number.
+
+    Returns:
+        x ``(B, m)``, and whether all pivots were positive, ``(B,)``, as those of a Cholesky factorisation have to be.
+        Where they were not, x has values without meaning.
     """
-    m = A.shape[1]
-    rows = torch.cat([A, b.unsqueeze(2)], dim=2)  # (B, m, m + 1)
-    places = torch.arange(m, device=A.device)
-    pivots = []
-    for j in range(m):
-        pivots.append(rows[:, j, j])
-        rows = _eliminated(rows, rows[:, j], j, (places == j).to(A.dtype))
-    return rows[:, :, m], (torch.stack(pivots, dim=1) > 0).all(dim=1)
+
+    def goes_on(j: Tensor, rows: Tensor, definite: Tensor) -> Tensor:
+        return j < count
+
+    def eliminate(j: Tensor, rows: Tensor, definite: Tensor) -> tuple[Tensor, ...]:
+        row = rows.index_select(1, j.view(1)).squeeze(1)
+        pivot = row.index_select(1, j.view(1)).squeeze(1)
+        here = torch.arange(rows.shape[1], device=rows.device) == j
+        return j + 1, _eliminated(rows, row, j, here.to(rows.dtype)), definite & (pivot > 0)
+
+    start = torch.zeros_like(count), torch.cat([A, b.unsqueeze(2)], dim=2), torch.ones_like(b[:, 0], dtype=torch.bool)
+    _, rows, definite = torch.while_loop(goes_on, eliminate, start)
+    return rows[:, :, -1], definite
 
 
-def solve_pivoting(A: Tensor, b: Tensor) -> Tensor:
+def solve_pivoting(A: Tensor, b: Tensor, count: Tensor) -> Tensor:
     """The x with A x = b by Gauss-Jordan elimination with partial pivoting; not finite where A is singular.
 
-    Shape:
-        A ``(B, m, m)``, b ``(B, m)`` -> ``(B, m)``.
+    Args:
+        A, b, count: see :func:`solve_definite`; A need be neither symmetric nor definite.
+
+    Returns:
+        ``(B, m)``.
     """
+
+    def goes_on(j: Tensor, rows: Tensor, free: Tensor, x_row: Tensor) -> Tensor:
+        return j < count
+
+    def eliminate(j: Tensor, rows: Tensor, free: Tensor, x_row: Tensor) -> tuple[Tensor, ...]:
+        places = torch.arange(rows.shape[1], device=rows.device)
+        column = rows.index_select(2, j.view(1)).squeeze(2)
+        largest = torch.where(free, column.abs(), -1).argmax(dim=1, keepdim=True)
+        here = places == largest  # (B, m)
+        row = torch.bmm(here.to(rows.dtype).unsqueeze(1), rows).squeeze(1)
+        rows = _eliminated(rows, row, j, here.to(rows.dtype))
+        return j + 1, rows, free & ~here, torch.where(places == j, largest, x_row)
+
     m = A.shape[1]
-    rows = torch.cat([A, b.unsqueeze(2)], dim=2)  # (B, m, m + 1)
-    places = torch.arange(m, device=A.device)
-    free = torch.ones_like(b, dtype=torch.bool)  # rows that were no pivot yet
-    found = []
-    for j in range(m):
-        size = torch.where(free, rows[:, :, j].abs(), -1)
-        at = places == size.argmax(dim=1, keepdim=True)  # (B, m)
-        free = free & ~at
-        at = at.to(A.dtype)
-        rows = _eliminated(rows, torch.bmm(at.unsqueeze(1), rows).squeeze(1), j, at)
-        found.append(at)
-    # Row i solves for the unknown j at which it was the pivot.
-    return torch.bmm(torch.stack(found, dim=1), rows[:, :, m:]).squeeze(2)
+    start = (
+        torch.zeros_like(count),
+        torch.cat([A, b.unsqueeze(2)], dim=2),  # (B, m, m + 1)
+        torch.ones_like(b, dtype=torch.bool),  # rows that were no pivot yet
+        torch.arange(m, device=A.device).expand_as(b).clone(),  # which row has come to say what x_j is
+    )
+    _, rows, _, x_row = torch.while_loop(goes_on, eliminate, start)
+    x = rows[:, :, m].gather(1, x_row)
+    return torch.where(torch.arange(m, device=A.device) < count, x, 0)
 
 
-def _eliminated(rows: Tensor, pivot: Tensor, j: int, at: Tensor) -> Tensor:
-    """``(B, m, n)`` rows with a 1 in column j of the ``pivot`` row ``(B, n)``, which stands at ``at``, and 0 elsewhere."""
-    unit = pivot / pivot[:, j : j + 1]
-    factor = rows[:, :, j] - at  # of the pivot row itself: p - 1, so that it becomes p u - (p - 1) u = u
+def _eliminated(rows: Tensor, pivot: Tensor, j: Tensor, here: Tensor) -> Tensor:
+    """Rows ``(B, m, n)`` with a 1 in column j of the row ``pivot`` ``(B, n)``, whose place is ``here``, else 0."""
+    unit = pivot / pivot.index_select(1, j.view(1))
+    factor = rows.index_select(2, j.view(1)).squeeze(2) - here  # of the pivot's row p - 1: p u - (p - 1) u = u
     return rows - factor.unsqueeze(2) * unit.unsqueeze(1)

@@ -55,6 +55,8 @@ class ExportableDEQ(nn.Module):
         """z* and the report of the solve."""
         if z0 is None:
             z0 = initial_state(self.cell, *inputs)
+        # What goes into a loop operator must not share memory.
+        inputs = pytree.tree_map_only(Tensor, torch.clone, inputs)
         flatten, unflatten = _views(z0)
 
         def f(z: Tensor) -> Tensor:
@@ -234,7 +236,8 @@ def _weights(solver: Anderson, gram: Tensor, here: Tensor, written: Tensor) -> T
     norms = torch.where(written, norms, torch.inf)
     d = norms.amin(dim=1, keepdim=True) / norms
     unit_gram = gram / (norms.unsqueeze(2) * norms.unsqueeze(1))
-    b, definite = solve_definite(unit_gram + torch.diag(torch.where(written, solver.ridge, 1.0)).to(gram.dtype), d)
+    ridge = torch.diag(torch.where(written, solver.ridge, 1.0).to(gram.dtype))
+    b, definite = solve_definite(unit_gram + ridge, d, written.sum())
     a = d * b
     a = a / a.sum(dim=1, keepdim=True)
     return torch.where(definite.unsqueeze(1), a, here.to(a.dtype))
@@ -284,7 +287,7 @@ def _quasi_newton(k: Tensor, plain: Tensor, S: Tensor, Y: Tensor, K: Tensor, Sr:
     if m == 0:
         return plain
     written = torch.arange(m, device=k.device) < k
-    gamma = solve_pivoting(K + torch.diag((~written).to(K.dtype)), Sr)
+    gamma = solve_pivoting(K + torch.diag((~written).to(K.dtype)), Sr, written.sum())
     usable = gamma.isfinite().all(dim=1, keepdim=True)
     gamma = torch.where(usable, gamma, 0).unsqueeze(1)
     return plain - (torch.bmm(gamma, S) + damping * torch.bmm(gamma, Y)).squeeze(1)
