@@ -2,18 +2,23 @@
 
 python examples/publish_weights.py runs/published/version_0/checkpoints/best.ckpt
 
-The recorded metrics are measured on the file that was written, read back as a user would read it.
+The recorded metrics are measured on the file that was written, read back as a user would read it, on the data of the
+checkpoint; ``cli.py evaluate`` measures them again. Weights that are there already are replaced with ``--force`` only.
 """
 
-import pydoc
-import sys
-from typing import Any
+import argparse
+import tempfile
+from pathlib import Path
 
-import pytorch_lightning as pl
+from pytorch_lightning import LightningDataModule
 
+import datamodules
+import lightning_modules
 import zoo
+from commands.measuring import METRICS, evaluation_of, measure, public_class
+from lightning_modules import EquilibriumModule
 from lightning_modules.checkpoints import read_checkpoint
-from zoo.cards import write_table
+from zoo.cards import write_cards
 from zoo.records import WeightsRecord, save_record, weights_dir
 from zoo.weight_files import sha256_of
 
@@ -49,45 +54,51 @@ DATA = {
 }
 
 
-def main(checkpoint: str, name: str | None = None) -> None:
-    """Publish ``checkpoint``, a run of one of the default configurations."""
-    made_by = read_checkpoint(checkpoint)["made_by"]
-    task: Any = pydoc.locate(made_by["model"]["class_path"])
-    source: Any = pydoc.locate(made_by["data"]["class_path"])
-    data = source(**made_by["data"]["init_args"])
-    module = task.load_from_checkpoint(checkpoint, weights_only=True, map_location="cpu")
-    if (positions := getattr(module, "eval_memory_length", None)) is not None:  # a language model as it was validated
-        made_of = zoo.spec_of(module.model)
-        model = zoo.create_model(made_of.model, **{**made_of.arguments, "memory_length": positions})
-        model.load_state_dict(module.model.state_dict())
-        module.model = model.eval()
+def main() -> None:
+    """Publish a run of one of the default configurations."""
+    parser = argparse.ArgumentParser(description="Publish a checkpoint of one of the default configurations.")
+    parser.add_argument("checkpoint", help="a .ckpt of a run")
+    parser.add_argument("name", nargs="?", help="of the weights; by default the model and the tag of its data")
+    parser.add_argument("--force", action="store_true", help="replace weights of this name")
+    args = parser.parse_args()
+
+    made_by = read_checkpoint(args.checkpoint)["made_by"]
+    evaluation = evaluation_of(made_by)
+    task = public_class(made_by["model"]["class_path"], lightning_modules, EquilibriumModule)
+    source = public_class(made_by["data"]["class_path"], datamodules, LightningDataModule)
+    module = task.load_from_checkpoint(args.checkpoint, weights_only=True, map_location="cpu")
+    spec = module.inference_spec()
     tag, suffix, trained_on, preprocessing = DATA[source.__name__]
-    name = name or f"{zoo.spec_of(module.model).model}.{tag}"
+    name = args.name or f"{spec.model}.{tag}"
     path = weights_dir() / f"{name}.safetensors"
-    spec = zoo.save_weights(module.model, path)
-    draft = WeightsRecord(
+    if not args.force and any(file.exists() for file in (path, path.with_suffix(".json"))):
+        parser.error(f"{path} or its record is there already: give another name, or --force to replace it")
+
+    model = zoo.create_model(spec.model, **spec.arguments)
+    model.load_state_dict(module.model.state_dict())
+    with tempfile.TemporaryDirectory(dir=weights_dir()) as folder:  # nothing is replaced before all is measured
+        file = Path(folder, path.name)
+        zoo.save_weights(model, file)
+        found = measure(zoo.load_pretrained(str(file)), evaluation, split="both", device="cpu").metrics
+        file.replace(path)
+    data = source(**made_by["data"]["init_args"])
+    record = WeightsRecord(
         name=name,
         model=spec.model,
         arguments=spec.arguments,
         source="shipped",
         sha256=sha256_of(path.read_bytes()),
-        num_parameters=sum(p.numel() for p in module.model.parameters()),
+        num_parameters=sum(p.numel() for p in model.parameters()),
         trained_on=trained_on.format(data=data, bytes=len(data.splits.train)),
         recipe=f"make weights CONFIG=configs/{spec.model}{suffix}",
-        metrics={},
+        metrics={key: value for key, value in found.items() if key.partition("_")[2] in METRICS},
         licence="MIT",
         preprocessing=preprocessing,
         classes=list(getattr(data, "class_names", ())) or None,
+        evaluation=evaluation,
     )
-    save_record(draft)
-    module.model = zoo.load_pretrained(name)
-    trainer = pl.Trainer(accelerator="cpu", logger=False, enable_progress_bar=False, enable_model_summary=False)
-    found = {**trainer.validate(module, data, verbose=False)[0], **trainer.test(module, data, verbose=False)[0]}
-    wanted = ("accuracy", "miou", "pixel_accuracy", "bits_per_byte", "epe", "epe_zero", "converged")
-    metrics = {key.replace("/", "_"): value for key, value in found.items() if key.rpartition("/")[2] in wanted}
-    record = WeightsRecord(**{**vars(draft), "metrics": metrics})
-    print(f"Wrote {path}, {save_record(record)} and {write_table()}: {metrics}")
+    print(f"Wrote {path}, {save_record(record)} and {write_cards()}: {record.metrics}")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main()

@@ -13,6 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
+import cli
 import zoo
 from tests.command_line import ROOT, Fitted, rows, same, weights
 
@@ -66,16 +67,18 @@ def test_draw_flow(tmp_path: Path) -> None:
         assert len(picture.getcolors(10**6)) > 1000
 
 
-def test_publish_weights(fitted: Fitted, weights_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_publish_weights(
+    fitted: Fitted, weights_folder: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """In this process, where it publishes into a folder of the test's."""
-    shipped = {path: path.read_bytes() for path in (ROOT / "checkpoints").iterdir()}
+    shipped = {path: path.read_bytes() for path in (ROOT / "checkpoints").iterdir() if path.is_file()}
     example = str(EXAMPLES / "publish_weights.py")
     monkeypatch.setattr(sys, "argv", [example, fitted.best, "tanh_deq.mine"])
     runpy.run_path(example, run_name="__main__")
-    assert {path.name for path in weights_folder.iterdir()} == {
-        *("tanh_deq.mine.safetensors", "tanh_deq.mine.json", "README.md")
-    }
-    assert {path: path.read_bytes() for path in (ROOT / "checkpoints").iterdir()} == shipped
+    file = weights_folder / "tanh_deq.mine.safetensors"
+    written = {path.name for path in weights_folder.iterdir()}
+    assert written == {file.name, "tanh_deq.mine.json", "README.md", "cards"}
+    assert all(path.read_bytes() == before for path, before in shipped.items())
 
     (record,) = zoo.list_weights()
     (tested,) = [row for row in rows(fitted.folder / "metrics.csv") if row["test/accuracy"]]
@@ -85,3 +88,16 @@ def test_publish_weights(fitted: Fitted, weights_folder: Path, monkeypatch: pyte
     assert f"`{record.sha256[:12]}…`" in (weights_folder / "README.md").read_text()
     loaded = zoo.load_pretrained("tanh_deq.mine")
     assert same({f"model.{key}": value for key, value in loaded.state_dict().items()}, dict(weights(fitted.best)))
+
+    # What it recorded is what evaluate measures; and it replaces nothing that it is not told to replace.
+    monkeypatch.chdir(weights_folder.parent)
+    assert cli.main(["evaluate", "tanh_deq.mine", "--device", "cpu"]) is None
+    file.write_bytes(b"other")
+    capsys.readouterr()
+    with pytest.raises(SystemExit, match="2"):
+        runpy.run_path(example, run_name="__main__")
+    assert f"{file} or its record is there already: give another name, or --force" in capsys.readouterr().err
+    assert file.read_bytes() == b"other"
+    monkeypatch.setattr(sys, "argv", [*sys.argv, "--force"])
+    runpy.run_path(example, run_name="__main__")
+    assert zoo.list_weights() == [record]
