@@ -46,12 +46,12 @@ class EquilibriumModule(pl.LightningModule):
     Args:
         model: a name of ``zoo.list_models()``.
         model_args: the model's arguments, plain numbers and words.
-        pretrained: start from these weights, a name of ``zoo.list_weights()``; ``model`` must be theirs.
-        backbone: start stem and equilibrium from those of another model, the head at random: a name of
-            ``zoo.list_weights()``, or a file that ``zoo.load_original`` reads.
+        pretrained: start from these weights: whatever ``zoo.load_pretrained`` takes; ``model`` must be theirs.
+        backbone: start stem and equilibrium from those of another model, the head at random: what
+            ``zoo.load_pretrained`` takes, or a file that ``zoo.load_original`` reads.
         weights_from: start from all weights of this file, with a new optimizer, as one stage of training goes on from
-            another: a checkpoint of a run, a ``.safetensors`` file of the zoo, or a file that ``zoo.load_original``
-            reads.
+            another: a checkpoint of a run, or anything else that ``zoo.load_pretrained`` or ``zoo.load_original``
+            takes.
         freeze: parts of the model that training leaves as they are, patterns of the names of its parameters, like
             ``["stem.*", "deq.*"]``; see :func:`zoo.freeze`.
         solver: how the equilibrium is solved, like ``Anderson``; the model's own choice if not given. An object, its
@@ -83,7 +83,7 @@ class EquilibriumModule(pl.LightningModule):
 
     Raises:
         ValueError: an unknown name, or an argument out of its range.
-        CheckpointError, WeightsError: ``weights_from`` cannot be read, or has other weights than the model.
+        CheckpointError, WeightsError: what to start from cannot be read, or has other weights than the model.
     """
 
     def __init__(
@@ -226,13 +226,19 @@ class EquilibriumModule(pl.LightningModule):
         if frozen := frozen_statistics(self.model):
             warnings.filterwarnings("ignore", message=rf"Found {len(frozen)} module\(s\) in eval mode")
 
+    def inference_spec(self) -> zoo.ModelSpec:
+        """What makes the model as it is tested; checkpoints say it, so that ``zoo.load_pretrained`` takes them."""
+        return zoo.spec_of(self.model)
+
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Say which classes made this run, so that ``cli.py test --ckpt_path`` needs nothing else."""
+        """Say which classes and which model made this run, so that who reads the checkpoint needs nothing else."""
         classes = {"model": _class_path(self)}
         data: pl.LightningDataModule | None = getattr(self.trainer, "datamodule", None)
         if data is not None:
             classes["data"] = _class_path(data)
         checkpoint["deq_zoo_classes"] = classes
+        spec = self.inference_spec()
+        checkpoint["deq_zoo_model"] = {"model": spec.model, "arguments": spec.arguments}
         hyper_parameters = checkpoint.get("hyper_parameters", {})
         # All weights are in the checkpoint: it says what the model is, and no longer needs what it started from.
         for name in ("backbone", "weights_from"):

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import pickle
-import zipfile
 from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-import torch
+
+from zoo import WeightsError
+from zoo.pickles import read_pickle
+from zoo.sources import is_remote
 
 
 class CheckpointError(RuntimeError):
@@ -28,13 +29,18 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     Raises:
         CheckpointError: see the class.
     """
+    if is_remote(path):
+        raise CheckpointError(
+            f"--ckpt_path takes a local file; given: {path}. Fetch it first, and give its path: Lightning would read "
+            "what it fetches as a pickle that may run code. To start from its weights, give them as --model.pretrained"
+        )
     file = Path(path)
     if not file.is_file():
         folder = file if file.is_dir() else file.parent
         near = sorted(map(str, folder.glob("*.ckpt")))
         there = f"in that folder there are: {', '.join(near)}" if near else "there is no checkpoint in that folder"
         raise CheckpointError(f"no checkpoint at {path}; {there}")
-    content = _load(file)
+    content = load_content(file)
     state, classes = content.get("state_dict"), content.get("deq_zoo_classes")
     if not isinstance(state, dict) or not isinstance(classes, dict):
         raise CheckpointError(
@@ -68,28 +74,12 @@ def check_fits(checkpoint: dict[str, Any], module: pl.LightningModule) -> None:
     )
 
 
-def _load(file: Path) -> dict[str, Any]:
+def load_content(file: Path) -> dict[str, Any]:
+    """All that a checkpoint holds, every byte of it checked; CheckpointError as :func:`read_checkpoint`."""
     try:
-        with zipfile.ZipFile(file) as archive:
-            # Of what torch.save writes no part is compressed or a folder; torch.load would not read what is marked as
-            # a folder, and return whatever is in memory.
-            parts = archive.infolist()
-            strange = [p.filename for p in parts if p.compress_type != zipfile.ZIP_STORED or p.external_attr & 0x10]
-            # Reads everything and compares checksums; torch.load does not.
-            damaged = strange[0] if strange else archive.testzip()
-    except (zipfile.BadZipFile, OSError, EOFError, ValueError, NotImplementedError, RuntimeError) as error:
-        raise CheckpointError(f"{file} is damaged, or not a checkpoint: {error}") from None
-    if damaged is not None:
-        raise CheckpointError(f"{file} is damaged: its part {damaged} does not match its checksum or its kind")
-    try:
-        content = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise CheckpointError(
-            f"{file} holds more than tensors and plain data, so loading it could run code, and it was refused: "
-            f"{str(error).splitlines()[0]}"
-        ) from None
-    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        raise CheckpointError(f"{file} cannot be read as a checkpoint: {str(error).splitlines()[0]}") from None
+        content = read_pickle(file, kind="checkpoint", only_zip=True)
+    except WeightsError as error:
+        raise CheckpointError(str(error)) from None
     if not isinstance(content, dict):
         raise CheckpointError(f"{file} holds a {type(content).__name__}, not a Lightning checkpoint")
     return content

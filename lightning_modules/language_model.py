@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from typing import Any, Literal, cast
 
 import torch
@@ -204,6 +205,13 @@ class LanguageModel(EquilibriumModule):
             yield
         finally:
             self._language.memory_length = own
+
+    def inference_spec(self) -> zoo.ModelSpec:
+        """The model with the memory length of validation."""
+        spec = super().inference_spec()
+        if self.eval_memory_length is None:
+            return spec
+        return replace(spec, arguments={**spec.arguments, "memory_length": self.eval_memory_length})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Keep the memory of training too; each of several processes has its own, and only one writes: then none."""

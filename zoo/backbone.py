@@ -9,8 +9,7 @@ from torch import nn
 from .errors import WeightsError
 from .originals import load_original
 from .originals.common import problems
-from .records import list_weights
-from .weights import load_pretrained
+from .weights import ForeignWeightsError, load_pretrained
 
 _HEAD = "head."
 
@@ -23,10 +22,11 @@ def load_backbone(model: nn.Module, source: str | os.PathLike[str] | nn.Module) 
 
     Args:
         model: a model with a ``head``, like :class:`~zoo.MDEQSegmenter`; changed in place.
-        source: a name of :func:`list_weights`, a file that :func:`load_original` reads, or a model.
+        source: what :func:`load_pretrained` takes, a file that :func:`load_original` reads, or a model.
 
     Raises:
-        WeightsError: the parts besides the heads differ, in a name or in a shape; nothing was changed.
+        WeightsError: the source cannot be loaded; or the parts besides the heads differ, in a name or in a shape.
+            Nothing was changed.
         ValueError: ``model`` has no head.
 
     Example:
@@ -40,8 +40,10 @@ def load_backbone(model: nn.Module, source: str | os.PathLike[str] | nn.Module) 
         name, found = type(source).__name__, source
     else:
         name = os.fspath(source)
-        shipped = name in [record.name for record in list_weights()]
-        found = load_pretrained(name) if shipped else load_original(name)
+        try:
+            found = load_pretrained(name)
+        except ForeignWeightsError:
+            found = load_original(name)
     theirs = {key: value for key, value in found.state_dict().items() if not key.startswith(_HEAD)}
     wanted = {key: value for key, value in ours.items() if not key.startswith(_HEAD)}
     if different := problems(theirs, wanted):

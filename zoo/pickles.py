@@ -14,6 +14,7 @@ import warnings
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from types import FunctionType
 from typing import Any
 
@@ -26,19 +27,21 @@ from .errors import WeightsError
 from .weight_files import read_file
 
 _ZIP = b"PK\x03\x04"
+_PICKLES = {b"\x80", b"(", b"c"}  # how they begin, mostly
 _MARKED_AS_FOLDER = 0x10
 _OLD_FORMAT = 5  # pickles in a row: a number, the format's version, the writer's machine, the content, its storages
 
 
-def looks_like_pickle(path: str | os.PathLike[str]) -> bool:
-    """Whether a file begins as those of ``torch.save`` do, in its present format or the old one, or as a pickle does.
-
-    Raises:
-        OSError: it cannot be read.
-    """
-    with open(path, "rb") as file:
-        start = file.read(4)
-    return start == _ZIP or start[:1] in {b"\x80", b"(", b"c", b"]", b"}"}
+def is_pickle(path: str | os.PathLike[str]) -> bool:
+    """Whether a file is to be read by :func:`read_pickle`: not if it begins as safetensors do, or is called so."""
+    path = Path(path)
+    start = b""
+    if path.is_file():
+        with contextlib.suppress(OSError), path.open("rb") as file:  # who reads it says why it cannot be read
+            start = file.read(9)
+    if start.startswith(_ZIP):
+        return True
+    return start[8:] != b"{" and (start[:1] in _PICKLES or path.suffix != ".safetensors")
 
 
 def read_pickle(

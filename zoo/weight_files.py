@@ -12,7 +12,7 @@ import json
 import math
 import os
 import stat
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -139,9 +139,19 @@ def read_file(path: str | os.PathLike[str]) -> bytearray:
     return data
 
 
-def read_weights(path: str | os.PathLike[str]) -> tuple[ModelSpec | None, dict[str, Tensor]]:
-    """What is in a file; see :func:`parse_weights`, and :func:`read_file` for what else is refused."""
-    return parse_weights(read_file(path), os.fspath(path))
+def read_weights(
+    path: str | os.PathLike[str], *, check: Callable[[bytearray], None] | None = None
+) -> tuple[ModelSpec | None, dict[str, Tensor]]:
+    """What is in a file; see :func:`parse_weights`, and :func:`read_file` for what else is refused.
+
+    Args:
+        path: the file, whatever it is called.
+        check: is given all bytes before anything else looks at them, and raises if they are not the right ones.
+    """
+    data = read_file(path)
+    if check is not None:
+        check(data)
+    return parse_weights(data, os.fspath(path))
 
 
 def parse_weights(data: bytearray, where: str) -> tuple[ModelSpec | None, dict[str, Tensor]]:
@@ -257,6 +267,6 @@ def _tensor(data: bytearray, entry: _Entry) -> Tensor:
 
 def _damaged(where: str, why: str) -> WeightsError:
     return WeightsError(
-        f"{where} is damaged, was changed, or is not a safetensors file: {why}; nothing was loaded. Take it again from "
-        "where it is published"
+        f"{where} is damaged, or not a safetensors file: {why}; nothing was loaded. Take it again from where it is "
+        "published"
     )

@@ -1,74 +1,417 @@
-"""Pretrained weights: records of what they are, and loading that verifies every byte."""
+"""Pretrained weights: one line brings a model from any source, and every byte is verified before it is used."""
 
 from __future__ import annotations
 
+import difflib
+import logging
+import os
+import re
 import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import urlsplit
+from urllib.request import url2pathname
 
 import torch
 from torch import Tensor, nn
-from torchvision.models.optical_flow import Raft_Large_Weights
 
+from . import cache
+from .blobs import checked_sha256
 from .errors import ReinitializedWarning, WeightsError
 from .implicit.choices import nearest
-from .records import WeightsRecord, find_record
-from .registry import create_model
-from .weight_files import parse_weights, sha256_of
+from .pickles import is_pickle, read_pickle
+from .records import ORIGINAL, WeightsRecord, all_records
+from .registry import ModelSpec, create_model, spec_of
+from .sources import fetch, is_remote
+from .weight_files import read_weights, sha256_of
 
-_TORCHVISION = "torchvision:"
+log = logging.getLogger("zoo")
+
+SOURCES = (
+    "a name of zoo.list_weights(), a file, a folder, file:PATH, https:..., hf:org/name[@revision], "
+    "wandb:entity/project/artifact:alias, or torchvision:Raft_Large_Weights...."
+)
+
+_FILE, _TORCHVISION = "file:", "torchvision:"
+_SCHEME = re.compile(r"[A-Za-z][\w+.-]+:")
+_SUFFIXES = {".safetensors", ".ckpt", ".pth", ".pt", ".pkl", ".tar", ".bin"}
+_IN_FOLDERS = ("model.safetensors", "checkpoints/best.ckpt", "best.ckpt")  # of save_pretrained, and of a run
+_OF_THE_MODEL = "model."  # how the keys of a task's model begin in its checkpoints
 
 
-def load_pretrained(name: str, **overrides: Any) -> nn.Module:
-    """The model ``name``, with its trained weights, in eval mode and on the CPU.
+class ForeignWeightsError(WeightsError):
+    """A file is whole, and was not written by this zoo."""
+
+
+class _Pin(NamedTuple):
+    """A sha256 that a file has to have."""
+
+    sha256: str
+    says: str  # who says so
+    advice: str
+
+
+@dataclass(frozen=True)
+class _Found:
+    """A source as a local file.
+
+    Attributes:
+        where: how the user called it.
+        path: which is read.
+        record: of the weights, if they have one.
+        pins: what the file's sha256 has to be.
+    """
+
+    where: str
+    path: Path
+    record: WeightsRecord | None
+    pins: tuple[_Pin, ...]
+
+    def check(self, data: bytes | bytearray) -> None:
+        """Raise WeightsError unless these bytes of the file are the right ones."""
+        for pin in self.pins:
+            found = sha256_of(data)
+            if found != pin.sha256:
+                raise WeightsError(
+                    f"{self.path} is damaged or was replaced: its sha256 is {found}, {pin.says} {pin.sha256}; "
+                    f"nothing was loaded. {pin.advice}"
+                )
+
+
+def load_pretrained(
+    source: str | os.PathLike[str],
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    offline: bool | None = None,
+    sha256: str | None = None,
+    averaged: bool = True,
+    **overrides: Any,
+) -> nn.Module:
+    """A model with trained weights, in eval mode and on the CPU.
+
+    Whatever the source, no code of it is run, its sizes are compared before anything is allocated, and every byte is
+    verified: against the record, against ``sha256``, and against the digest in a file of the zoo or the checksums of a
+    checkpoint.
 
     Args:
-        name: one of ``list_weights()``, like ``"tanh_deq.digits"``; or ``"torchvision:Raft_Large_Weights.C_T_V2"``,
-            torchvision's weights of RAFT as the start of a DEQ-Flow, as :func:`zoo.load_original` makes it of them.
-            They are downloaded once, into ``torch.hub.get_dir()/checkpoints``.
+        source: one of
+
+            - a name of :func:`list_weights`, like ``"tanh_deq.digits"``. Of weights that the original authors
+              published the error says which file to get, and where to put it;
+            - a path, or ``file:PATH``: of a ``.safetensors`` file that :func:`save_weights` wrote; of a checkpoint of
+              a Lightning run of this zoo; of a folder of ``save_pretrained``, or of a run, whose best checkpoint is
+              taken;
+            - ``https://host/path``, ``hf:org/name[@revision]`` of the Hugging Face hub, or
+              ``wandb:entity/project/artifact:alias``: such a file, fetched once and kept; see :mod:`zoo.sources`;
+            - ``"torchvision:Raft_Large_Weights.C_T_V2"``: torchvision's weights of RAFT as the start of a DEQ-Flow, as
+              :func:`zoo.load_original` makes it of them; kept in ``torch.hub.get_dir()/checkpoints``.
+
+        cache_dir: where fetched files are kept; see :func:`zoo.cache.cache_dir`.
+        offline: open no connection; see :func:`zoo.cache.is_offline`.
+        sha256: of the whole file, in hexadecimal digits; another file is refused.
+        averaged: of a checkpoint of a run with weight averaging (``EMAWeightAveraging``), take the averaged weights,
+            which is logged; otherwise those of the last step.
         overrides: arguments of the model to change. ``solver`` and ``gradient`` can be anything; another
             ``num_classes`` leaves the classifier at random, with a :class:`ReinitializedWarning` that lists what.
 
     Raises:
-        ValueError: unknown name or argument.
-        WeightsError: the file is missing, cannot be downloaded, does not have the recorded sha256, or does not fit the
-            model.
-    """
-    if name.startswith(_TORCHVISION):
-        return _from_torchvision(name, overrides)
-    record = find_record(name)
-    data = _verified(record)
-    spec, state = parse_weights(bytearray(data), str(record.path))
-    if spec is None:
-        raise WeightsError(f"{record.path} does not say which model it belongs to: its header has no 'deq_zoo'")
-    model = create_model(spec.model, **{**spec.arguments, **overrides})
+        ValueError: unknown name, kind of source, or argument.
+        WeightsError: the file is missing, cannot be fetched, is damaged, is unsafe, has another sha256 than it should,
+            or does not fit the model.
 
-    if "num_classes" in overrides:
-        ours = model.state_dict()
-        classifier = [key for key in ours if key.startswith(f"{model.classifier_name}.") and key in state]
-        found = len(state[classifier[0]])
-        if found != overrides["num_classes"]:
-            state.update({key: ours[key] for key in classifier})
-            warnings.warn(
-                f"{name} was trained for {found} classes, and {overrides['num_classes']} were asked for: "
-                f"{', '.join(classifier)} start at random",
-                ReinitializedWarning,
-                stacklevel=2,
-            )
-    try:
-        model.load_state_dict(state)
-    except RuntimeError as error:
-        given = ", ".join(f"{key}={value!r}" for key, value in overrides.items()) or "no argument"
-        raise WeightsError(
-            f"the weights {name} do not fit the model {spec.model} with {given} changed; "
-            f"change only arguments that keep the shapes. {_first_lines(error)}"
-        ) from None
+    Example:
+        >>> model = zoo.load_pretrained("mdeq_nano.digits", num_classes=3)
+        >>> model = zoo.load_pretrained("runs/version_0")
+    """
+    name = os.fspath(source)
+    if name.startswith(_TORCHVISION):
+        return _from_torchvision(name, cache_dir, offline, sha256, overrides)
+    found = _find(name, cache_dir, offline, sha256)
+    if found.record is not None and found.record.source == ORIGINAL:
+        spec, state = _read_original(found, found.record)
+    else:
+        spec, state = _read(found, averaged=averaged)
+    if found.record is None:
+        _check_sizes(spec, state, name)
+    model = create_model(spec.model, **{**spec.arguments, **overrides})
+    if fresh := _keep_classifier(model, state, overrides.get("num_classes")):
+        classes, keys = fresh
+        warnings.warn(
+            f"{name} was trained for {classes} classes, and {overrides['num_classes']} were asked for: "
+            f"{', '.join(keys)} start at random",
+            ReinitializedWarning,
+            stacklevel=2,
+        )
+    _fill(model, state, name, overrides)
     return model.eval()
 
 
-def _from_torchvision(name: str, overrides: dict[str, Any]) -> nn.Module:
+# ------------------------------------------------------------------------------------------------ from sources to files
+
+
+def is_source(source: str) -> bool:
+    """Whether this is something else than the path of a file: what else :func:`load_pretrained` takes."""
+    return (
+        is_remote(source)
+        or source.startswith((_FILE, _TORCHVISION))
+        or source in all_records()
+        or Path(source).expanduser().is_dir()
+    )
+
+
+def _find(source: str, cache_dir: str | os.PathLike[str] | None, offline: bool | None, sha256: str | None) -> _Found:
+    pins = []
+    if sha256 is not None:
+        pins.append(_Pin(checked_sha256(sha256), "and it was asked for", f"Look where {source} comes from"))
+    record = all_records().get(source)
+    if record is None and is_remote(source):
+        path = fetch(source, cache_dir=cache_dir, offline=offline, sha256=sha256)
+        return _Found(source, path, None, tuple(pins))
+    if record is None:
+        path = _local(source)
+        record = _record_of(path)
+    else:
+        path = _recorded(record, cache_dir)
+    if record is not None and record.source == ORIGINAL:
+        pins.extend(_pins_of_original(record, path))
+    elif record is not None:
+        advice = "Restore the file: git checkout -- checkpoints, or install the package again"
+        pins.append(_Pin(str(record.sha256), "its record says", advice))
+    return _Found(source, path, record, tuple(pins))
+
+
+def _local(source: str) -> Path:
+    """The file that a path means, which can be that of a folder."""
+    path = _path(source)
+    if path.is_dir():
+        for name in _IN_FOLDERS:
+            if (path / name).is_file():
+                return path / name
+        there = ", ".join(sorted(entry.name for entry in path.iterdir())[:8]) or "nothing"
+        raise WeightsError(
+            f"the folder {path} has none of {', '.join(_IN_FOLDERS)}; there is: {there}. Give the path of a file, or "
+            "a folder of save_pretrained or of a run"
+        )
+    if path.exists():
+        return path
+    if source.startswith(_FILE) or (not _SCHEME.match(source) and (path.suffix in _SUFFIXES or os.sep in source)):
+        raise WeightsError(f"there is no file {path}{_near(path)}. load_pretrained takes {SOURCES}")
+    raise ValueError(f"unknown weights {source!r}.{nearest(source, sorted(all_records()))} It takes {SOURCES}")
+
+
+def _path(source: str) -> Path:
+    """``file:///a/b``, ``file:b`` and ``b`` as paths."""
+    if source.startswith(f"{_FILE}//"):
+        return Path(url2pathname(urlsplit(source).path))
+    return Path(source.removeprefix(_FILE)).expanduser()
+
+
+def _near(path: Path) -> str:
+    """What a user may have meant by a path that is not there."""
+    if not path.parent.is_dir():
+        return f", nor a folder {path.parent}"
+    names = [entry.name for entry in path.parent.iterdir()]
+    close = difflib.get_close_matches(path.name, names, n=3)
+    return f"; near is {', '.join(str(path.parent / name) for name in close)}" if close else ""
+
+
+def _record_of(path: Path) -> WeightsRecord | None:
+    """The record of weights that ship, where this path is theirs."""
+    record = all_records().get(path.stem)
+    ships = record is not None and record.source != ORIGINAL and record.path.resolve() == path.resolve()
+    return record if ships else None
+
+
+def _recorded(record: WeightsRecord, cache_dir: str | os.PathLike[str] | None) -> Path:
+    """The file of a record, if it is there."""
+    if record.source != ORIGINAL:
+        try:
+            record.path.stat()
+        except OSError as error:
+            raise WeightsError(
+                f"the weights {record.name} ship in {record.path}, which cannot be read ({error.strerror}); "
+                "restore the file: git checkout -- checkpoints, or install the package again"
+            ) from None
+        return record.path
+    path = cache.cache_dir(cache_dir) / record.path.relative_to(cache.cache_dir())
+    if not path.is_file():
+        raise WeightsError(
+            f"{record.name} were published by the original authors, and have to be fetched by hand: get "
+            f"{record.file} from {record.download}, and put it at {path}; or give its path to zoo.load_original"
+        )
+    return path
+
+
+# ------------------------------------------------------------------------------------------------ from files to tensors
+
+
+def _read(found: _Found, *, averaged: bool) -> tuple[ModelSpec, dict[str, Tensor]]:
+    """The model and the tensors in a file of the zoo, verified.
+
+    Raises:
+        WeightsError: see :func:`load_pretrained`; ForeignWeightsError if it is a file of others.
+    """
+    path = found.path
+    if is_pickle(path):
+        return _in_checkpoint(read_pickle(path, check=found.check), path, averaged=averaged)
+    spec, state = read_weights(path, check=found.check)
+    if spec is None:
+        raise ForeignWeightsError(
+            f"{path} does not say which model it belongs to: its header has no 'deq_zoo'. If the original authors "
+            "published it, load it with zoo.load_original"
+        )
+    return spec, state
+
+
+def _in_checkpoint(content: Any, path: Path, *, averaged: bool) -> tuple[ModelSpec, dict[str, Tensor]]:
+    """The model and its tensors in a checkpoint of a run."""
+    made_of = content.get("deq_zoo_model") if isinstance(content, dict) else None
+    if not isinstance(made_of, dict):
+        if isinstance(content, dict) and "deq_zoo_classes" in content:
+            raise ForeignWeightsError(
+                f"{path} is of a run before checkpoints said which model they hold. Load it with the class that made "
+                "it, like ImageClassifier.load_from_checkpoint"
+            )
+        raise ForeignWeightsError(
+            f"{path} is no checkpoint of this zoo: it has no 'deq_zoo_model'. If the original authors published it, "
+            "load it with zoo.load_original"
+        )
+    model, arguments = made_of.get("model"), made_of.get("arguments")
+    if not isinstance(model, str) or not isinstance(arguments, dict):
+        raise WeightsError(f"{path} is damaged: its 'deq_zoo_model' names no model and arguments")
+    return ModelSpec(model, arguments), state_of_checkpoint(content, path, averaged=averaged)
+
+
+def state_of_checkpoint(
+    content: Mapping[str, Any], path: str | os.PathLike[str], *, averaged: bool = True
+) -> dict[str, Tensor]:
+    """The tensors of the model in what a checkpoint of a run holds; averaged ones where there are, which is logged.
+
+    Raises:
+        WeightsError: there are none.
+    """
+    key = "state_dict"
+    if "current_model_state" in content:  # as Lightning's WeightAveraging writes it
+        if averaged:
+            log.warning(
+                "%s has averaged weights, and they are taken; averaged=False takes those of the last step", path
+            )
+        else:
+            key = "current_model_state"
+    state = content.get(key)
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise WeightsError(f"{path} is damaged: its {key!r} is no mapping of names to tensors")
+    return {k.removeprefix(_OF_THE_MODEL): value for k, value in state.items() if k.startswith(_OF_THE_MODEL)}
+
+
+# ----------------------------------------------------------------------------------------------- from tensors to models
+
+
+def _check_sizes(spec: ModelSpec, state: Mapping[str, Tensor], where: str) -> None:
+    """Raise WeightsError where a file that nobody vouches for names a model that its tensors are not of.
+
+    The model is made without memory: a file of a few bytes can ask for one that no machine has room for.
+    """
+    try:
+        with torch.device("meta"):
+            model = create_model(spec.model, **spec.arguments)
+    except Exception as error:  # noqa: BLE001 - a constructor fails in its own way on arguments that make no sense
+        raise WeightsError(
+            f"{where} names a model {spec.model!r} that cannot be made here: {_first_line(error)}. It needs a zoo that "
+            "has this model"
+        ) from None
+    _refuse_misfits(state, model, f"{where} has other tensors than the model {spec.model} that it names")
+
+
+def _keep_classifier(
+    model: nn.Module, state: dict[str, Tensor], num_classes: int | None
+) -> tuple[int, list[str]] | None:
+    """Put the model's own classifier among the tensors where they are for another number of classes.
+
+    Returns:
+        that number and the keys, or None where nothing had to be changed.
+    """
+    ours = model.state_dict()
+    prefix = f"{getattr(model, 'classifier_name', '')}."
+    keys = [key for key in ours if key.startswith(prefix) and key in state and state[key].dim()]
+    if num_classes is None or not keys or len(state[keys[0]]) == num_classes:
+        return None
+    classes = len(state[keys[0]])
+    state.update({key: ours[key] for key in keys})
+    return classes, keys
+
+
+def _fill(model: nn.Module, state: Mapping[str, Tensor], where: str, overrides: Mapping[str, Any]) -> None:
+    """Copy the tensors into the model."""
+    misfit = f"the weights {where} do not fit the model {spec_of(model).model}"
+    if overrides:
+        given = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
+        misfit += f" with {given} changed; change only arguments that keep the shapes"
+    _refuse_misfits(state, model, misfit)
+    model.load_state_dict(state)
+
+
+def _refuse_misfits(state: Mapping[str, Tensor], model: nn.Module, message: str) -> None:
+    from .originals.common import problems
+
+    if different := problems(state, model.state_dict()):
+        raise WeightsError(f"{message}. In the file {different}")
+
+
+# -------------------------------------------------------------------------------------- weights of the original authors
+
+
+def _pins_of_original(record: WeightsRecord, path: Path) -> Iterable[_Pin]:
+    advice = f"Get {record.file} from {record.download} again, and put it at {path}"
+    if record.sha256 is not None:
+        yield _Pin(record.sha256, "its record says", advice)
+    beside = _beside(path)
+    if beside.exists():
+        written = beside.read_text(encoding="utf-8").partition(" ")[0].strip()
+        yield _Pin(written, f"{beside} says, of its first use,", f"{advice}; delete {beside} if it has to be another")
+
+
+def _beside(path: Path) -> Path:
+    """Where the sha256 of an original is kept, as sha256sum would write it."""
+    return path.with_name(f"{path.name}.sha256")
+
+
+def _read_original(found: _Found, record: WeightsRecord) -> tuple[ModelSpec, dict[str, Tensor]]:
+    """The model and the tensors of an original checkpoint, whose sha256 is kept at its first use."""
+    from .originals import make_original, read_original
+
+    seen = []
+
+    def check(data: bytes | bytearray) -> None:
+        found.check(data)
+        seen.append(sha256_of(data))
+
+    model = make_original(read_original(found.path, check=check), os.fspath(found.path), record.arguments)
+    spec = spec_of(model)
+    if spec.model != record.model:
+        raise WeightsError(
+            f"{found.path} is of a model {spec.model}, and {record.name} are weights of {record.model}: it is another "
+            f"file than {record.file} of {record.download}"
+        )
+    beside = _beside(found.path)
+    if not beside.exists():
+        beside.write_text(f"{seen[0]}  {found.path.name}\n", encoding="utf-8")
+    return spec, model.state_dict()
+
+
+def _from_torchvision(
+    name: str,
+    cache_dir: str | os.PathLike[str] | None,
+    offline: bool | None,
+    sha256: str | None,
+    overrides: dict[str, Any],
+) -> nn.Module:
     """A DEQ-Flow with torchvision's weights of RAFT: see :func:`load_pretrained`."""
-    from .originals import flow  # which needs this file
+    from torchvision.models.optical_flow import Raft_Large_Weights
+
+    from .originals import flow
 
     known = {f"{_TORCHVISION}Raft_Large_Weights.{key}": entry for key, entry in Raft_Large_Weights.__members__.items()}
     if name not in known:
@@ -77,42 +420,43 @@ def _from_torchvision(name: str, overrides: dict[str, Any]) -> nn.Module:
                 f"{name} are of raft_small, whose layers are others than DEQ-Flow's. Known: {', '.join(known)}."
             )
         raise ValueError(f"unknown weights {name!r}.{nearest(name, list(known))}")
-    weights = known[name]
-    path = Path(torch.hub.get_dir(), "checkpoints", Path(weights.url).name)
-    wanted = path.stem.rpartition("-")[2]  # the digest begins so
-    if path.exists() and not sha256_of(path.read_bytes()).startswith(wanted):
-        raise WeightsError(
-            f"{path} is damaged or was replaced: its sha256 does not begin with {wanted}; nothing was loaded. Delete it"
-        )
-    try:
-        state: dict[str, Tensor] = weights.get_state_dict(check_hash=True, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise WeightsError(
-            f"{weights.url} cannot be fetched ({error}). Fetch it where there is a network, and put it at {path}"
-        ) from None
-    except RuntimeError as error:  # another digest
-        raise WeightsError(f"{weights.url} was damaged on its way, and nothing was loaded: {error}") from None
+    url = known[name].url
+    folder = (
+        Path(torch.hub.get_dir(), "checkpoints") if cache_dir is None else cache.cache_dir(cache_dir) / "torchvision"
+    )
+    path = folder / Path(url).name
+    begins = path.stem.rpartition("-")[2]  # the digest begins so
+    wanted = None if sha256 is None else checked_sha256(sha256)
+
+    def check(data: bytes | bytearray) -> None:
+        found = sha256_of(data)
+        if not found.startswith(begins):
+            raise WeightsError(
+                f"{path} is damaged or was replaced: its sha256 does not begin with {begins}; nothing was loaded. "
+                "Delete it"
+            )
+        if wanted not in (None, found):
+            raise WeightsError(f"the sha256 of {path} is {found}, and {wanted} was asked for; nothing was loaded")
+
+    if not path.exists():
+        if cache.is_offline(offline):
+            raise WeightsError(f"{url} is not at {path}, and offline nothing is fetched. Put it there")
+        _download(url, path, begins)
+    state = read_pickle(path, check=check)
     return flow.load(state, name, overrides)
 
 
-def _verified(record: WeightsRecord) -> bytes:
-    """The bytes of the record's file, if they are the recorded ones."""
+def _download(url: str, path: Path, begins: str) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        data = record.path.read_bytes()
+        torch.hub.download_url_to_file(url, str(path), hash_prefix=begins)
     except OSError as error:
         raise WeightsError(
-            f"the weights {record.name} ship in {record.path}, which cannot be read ({error.strerror}); "
-            "restore the file: git checkout -- checkpoints, or install the package again"
+            f"{url} cannot be fetched ({error}). Fetch it where there is a network, and put it at {path}"
         ) from None
-    found = sha256_of(data)
-    if found != record.sha256:
-        raise WeightsError(
-            f"{record.path} is damaged or was replaced: its sha256 is {found}, its record says {record.sha256}; "
-            "nothing was loaded. Restore the file: git checkout -- checkpoints, or install the package again"
-        )
-    return data
+    except RuntimeError as error:  # another digest
+        raise WeightsError(f"{url} was damaged on its way, and nothing was loaded: {error}") from None
 
 
-def _first_lines(error: Exception, most: int = 4) -> str:
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return " ".join(lines[:most]) + (f" (and {len(lines) - most} more)" if len(lines) > most else "")
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "")[:300] or type(error).__name__

@@ -126,11 +126,21 @@ def test_a_missing_checkpoint_names_those_that_are_near(fitted: Fitted, capsys: 
 
 @pytest.mark.parametrize(
     ("command", "path"),
-    [("fit", "none.ckpt"), ("test", "nowhere/none.ckpt"), ("test", "https://example.org/best.ckpt"), ("predict", ".")],
+    [("fit", "none.ckpt"), ("test", "nowhere/none.ckpt"), ("predict", ".")],
 )
 def test_a_missing_checkpoint(command: str, path: str, capsys: pytest.CaptureFixture[str]) -> None:
     message = refused(capsys, command, "-c", DIGITS, f"--ckpt_path={path}")
     assert message == f"no checkpoint at {path}; there is no checkpoint in that folder"
+
+
+@pytest.mark.parametrize("command", ["fit", "validate", "test", "predict"])
+@pytest.mark.parametrize("path", ["https://example.org/best.ckpt", "http://example.org/best.ckpt", "hf:org/name"])
+def test_nothing_is_fetched(command: str, path: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """Lightning would, and would read what it fetched as a pickle that may run code."""
+    Path("mine.yaml").write_text(f"ckpt_path: {path}\n")
+    for typed in ([f"--ckpt_path={path}"], ["-c", "mine.yaml"]):
+        message = refused(capsys, command, "-c", DIGITS, *typed)
+        assert message.startswith(f"--ckpt_path takes a local file; given: {path}. Fetch it first, and give its path")
 
 
 # ----------------------------------------------------------------------------------------------------------- foreign
@@ -203,9 +213,8 @@ def test_a_pickle_is_not_executed(fitted: Fitted, where: str, zipped: bool, caps
     ):
         message = refused(capsys, *typed)
         assert message.startswith(
-            "mine.ckpt holds more than tensors and plain data, so loading it could run code, and it was refused"
-            if zipped
-            else "mine.ckpt is damaged, or not a checkpoint"
+            "mine.ckpt holds more than tensors and plain data, so loading it could run code, and it was refused; "
+            "nothing was loaded. It asks for posix.mkdir. "
         )
     assert not Path("executed").exists()
     torch.load("mine.ckpt", weights_only=False)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 import os
-import pickle
 import re
 from collections.abc import Callable, Mapping
-from pathlib import Path
 from typing import Any, NamedTuple
 
-import safetensors.torch
-import torch
 from torch import Tensor, nn
 
 from zoo.errors import WeightsError
+from zoo.pickles import is_pickle, read_pickle
+from zoo.weight_files import read_weights
 
 from . import flow, mdeq, transformer
 from .common import UnusedWeightsWarning
@@ -67,8 +65,8 @@ def load_original(source: str | os.PathLike[str] | Mapping[str, Any], **override
     :class:`UnusedWeightsWarning`; raft_small is refused, since it has other layers.
 
     Args:
-        source: a file, read by ``torch.load(weights_only=True)``, or as safetensors where its name ends so; or what
-            such a file holds. It is copied, in the default dtype.
+        source: a file of ``torch.save``, of which no code is run, or of safetensors; or what such a file holds. It is
+            copied, in the default dtype.
         overrides: arguments of the model, as :func:`zoo.create_model` takes them. ``solver`` and ``gradient`` can be
             anything; none may change the shapes.
 
@@ -86,19 +84,31 @@ def load_original(source: str | os.PathLike[str] | Mapping[str, Any], **override
         where: str = "the given mapping"
         loaded: object = source
     elif isinstance(source, str | os.PathLike):
-        where, loaded = os.fspath(source), _read(Path(source))
+        where, loaded = os.fspath(source), read_original(source)
     else:
         raise TypeError(
             f"load_original takes a path or a state dict; given: {type(source).__name__}. Of a module, give its "
             "state_dict()"
         )
+    return make_original(loaded, where, overrides)
+
+
+def make_original(loaded: object, where: str, overrides: dict[str, Any]) -> nn.Module:
+    """The model of what a file holds; see :func:`load_original`.
+
+    Args:
+        loaded: a state dict, or what it is in.
+        where: it comes from, for messages.
+        overrides: arguments of the model.
+    """
     state = _state_dict(loaded, where)
     if any(key.startswith(_OWN) for key in state):
         of_lightning = isinstance(loaded, Mapping) and "pytorch-lightning_version" in loaded
         raise WeightsError(
             f"{where} was written by this zoo, not by the original authors. "
             + (
-                "Load this Lightning checkpoint with the class that made it, like ImageClassifier.load_from_checkpoint"
+                "Load this Lightning checkpoint with the class that made it, like ImageClassifier.load_from_checkpoint,"
+                " or only its model with zoo.load_pretrained"
                 if of_lightning
                 else "Load shipped weights with zoo.load_pretrained, and a state dict with model.load_state_dict"
             )
@@ -112,38 +122,17 @@ def load_original(source: str | os.PathLike[str] | Mapping[str, Any], **override
     )
 
 
-def _read(path: Path) -> object:
-    """What the file holds."""
-    try:
-        if path.suffix == ".safetensors":
-            return safetensors.torch.load_file(path)
-        return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError as error:
-        raise WeightsError(f"{path} cannot be read: {error.strerror or error}") from None
-    except Exception as error:  # noqa: BLE001 - bytes that are no checkpoint make a reader raise anything
-        if isinstance(error, pickle.UnpicklingError) and "GLOBAL " in str(error):
-            raise WeightsError(
-                f"{path} is a pickle that has more in it than weights, which could run any program when it is read; "
-                f"nothing was loaded. It asks for {', '.join(_refused_globals(path, error))}. Where you trust its "
-                "source, open it yourself with torch.load(path, weights_only=False), and give load_original the state "
-                "dict in it"
-            ) from None
-        kind = "safetensors file" if path.suffix == ".safetensors" else "file that torch.save wrote"
-        raise WeightsError(
-            f"{path} is no {kind}, or is damaged: {type(error).__name__}: {_first_line(error)}"
-        ) from None
+def read_original(path: str | os.PathLike[str], *, check: Callable[[bytes | bytearray], None] | None = None) -> object:
+    """What a file holds: tensors and plain data.
 
+    Args:
+        path: of what ``torch.save`` wrote, or of safetensors.
+        check: see :func:`zoo.pickles.read_pickle`.
 
-def _refused_globals(path: Path, error: Exception) -> list[str]:
-    """The classes and functions that a pickle asks for: all of them, or the first in torch's old format."""
-    try:
-        return sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except ValueError:
-        return re.findall(r"GLOBAL (\S+)", str(error))[:1]
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "")
+    Raises:
+        WeightsError: it cannot be read, is damaged, or has more in it than that.
+    """
+    return read_pickle(path, check=check) if is_pickle(path) else read_weights(path, check=check)[1]
 
 
 def _state_dict(loaded: object, where: str) -> dict[str, Tensor]:

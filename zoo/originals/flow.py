@@ -91,7 +91,7 @@ def load(state: dict[str, Tensor], where: str, overrides: dict[str, Any]) -> nn.
             f"{unused} are not used, since DEQ-Flow starts at 0. All else of it is, and no weight of the model is "
             "random; but RAFT was trained to be good after 12 updates or so, not at its equilibrium: fine-tune it",
             UnusedWeightsWarning,
-            stacklevel=3,
+            stacklevel=4,
         )
     return model
 
