@@ -144,9 +144,8 @@ def _loading(record: WeightsRecord) -> list[str]:
     if record.source != ORIGINAL:
         return code
     return [
-        f"The file does not ship. Fetch `{record.file}` from <{record.download}>, and put it into",
-        f"`originals/{record.name}/` of the cache (`$DEQ_ZOO_CACHE`, else `~/.cache/deq-zoo`). Its sha256 is not",
-        "recorded: nobody of this zoo has seen the file. Then:",
+        f"The file does not ship. Fetch `{record.file}` from <{record.download}>,",
+        f"and put it into `originals/{record.name}/` of the cache (`$DEQ_ZOO_CACHE`, else `~/.cache/deq-zoo`). Then:",
         "",
         *code,
         "",
@@ -171,22 +170,21 @@ def _figures(record: WeightsRecord) -> list[str]:
     return [
         *_table(("", "measured by this zoo", "published"), iter(rows)),
         "",
-        "Fractions, not percent; errors of flow in pixels. "
-        + ("`python cli.py evaluate " + record.name + "` measures them again." if record.evaluation else ""),
+        "Fractions, not percent; errors of flow in pixels."
+        + (f" Measured by `python cli.py evaluate {record.name}`." if record.evaluation else ""),
     ]
 
 
 def _model(record: WeightsRecord) -> list[str]:
     choices = [
-        f"- {role}: `{_call(record.arguments[role])}`"
+        f"- {role}: {f'`{_call(chosen)}`' if (chosen := record.arguments.get(role)) else 'the default of the model'}"
         for role in ("solver", "gradient")
-        if record.arguments.get(role) is not None
     ]
     sizes = {key: value for key, value in record.arguments.items() if key not in {"solver", "gradient"}}
     lines = [*choices, *(f"- {key}: `{json.dumps(value)}`" for key, value in sizes.items())]
     if record.classes:
         lines.append(f"- classes: {', '.join(record.classes)}")
-    return lines or ["All arguments have the defaults of the model."]
+    return lines
 
 
 def _call(choice: Any) -> str:
@@ -198,13 +196,14 @@ def _call(choice: Any) -> str:
 
 
 def _provenance(record: WeightsRecord) -> list[str]:
+    unseen = "not known, as nobody of this zoo has seen the file; from its first use on it has to stay as it is"
     facts = {
         "origin": record.origin,
         "file": record.file and f"`{record.file}`",
         "download": record.download and f"<{record.download}>",
         "recipe": f"`{record.recipe}`",
         "licence": record.licence,
-        "sha256": f"`{record.sha256}`" if record.sha256 else "not recorded; the first one that is loaded is kept to",
+        "sha256": f"`{record.sha256}`" if record.sha256 else unseen,
     }
     return [f"- {key}: {value}" for key, value in facts.items() if value]
 
