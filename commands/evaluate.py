@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import re
+import sys
 import time
 from collections.abc import Mapping
 from pathlib import Path
@@ -79,11 +80,14 @@ def run(args: argparse.Namespace) -> None:
     printer = PRINTERS[args.format](max(map(len, chosen)))
     rows = []
     for name, record in chosen.items():
-        row = evaluate(name, record, like, args)
-        rows.append(row)
+        try:
+            rows.append(evaluate(name, record, like, args))
+        except (KeyboardInterrupt, SystemExit):  # the latter is Lightning's after the former
+            print(f"stopped at {name}; the rows before it are in {files.named}", file=sys.stderr)
+            raise
         files.write(rows)
-        printer.show(row)
-    printer.end(rows, files.paths)
+        printer.show(rows[-1])
+    printer.end(rows, files.named)
     if not any(row.status in {REPRODUCED, MEASURED} for row in rows) or any(_is_bad(row) for row in rows):
         raise SystemExit(1)
 

@@ -134,6 +134,11 @@ class Files:
             _beside(path).touch()
             _beside(path).unlink()
 
+    @property
+    def named(self) -> str:
+        """The three, for people."""
+        return ", ".join(map(str, self.paths))
+
     def write(self, rows: Sequence[Row]) -> None:
         """Write all three."""
         asked = ", ".join(f"{key}={value}" for key, value in self.made["asked"].items() if value is not None)
@@ -223,10 +228,10 @@ class MarkdownPrinter:
     def show(self, row: Row) -> None:
         print(_markdown_lines(row, self.width), end="", flush=True)
 
-    def end(self, rows: Sequence[Row], paths: Sequence[Path]) -> None:
+    def end(self, rows: Sequence[Row], where: str) -> None:
         print("".join(f"\n{line.splitlines()[0]}" for line in _messages(rows)))
         counts = {status: sum(row.status == status for row in rows) for status in dict.fromkeys(r.status for r in rows)}
-        print(", ".join(f"{number} {status}" for status, number in counts.items()), f"-> {', '.join(map(str, paths))}")
+        print(", ".join(f"{number} {status}" for status, number in counts.items()), f"-> {where}")
 
 
 class CsvPrinter:
@@ -238,7 +243,7 @@ class CsvPrinter:
     def show(self, row: Row) -> None:
         print(_csv_lines(row), end="", flush=True)
 
-    def end(self, rows: Sequence[Row], paths: Sequence[Path]) -> None:
+    def end(self, rows: Sequence[Row], where: str) -> None:
         """Nothing stands after the lines."""
 
 
@@ -251,7 +256,7 @@ class JsonPrinter:
     def show(self, row: Row) -> None:
         print(json.dumps(asdict(row)), flush=True)
 
-    def end(self, rows: Sequence[Row], paths: Sequence[Path]) -> None:
+    def end(self, rows: Sequence[Row], where: str) -> None:
         """Nothing stands after the lines."""
 
 

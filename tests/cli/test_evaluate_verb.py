@@ -307,6 +307,7 @@ def test_an_interruption_loses_no_row(
     monkeypatch.setattr(commands.measuring, "measure", interrupted)
     with pytest.raises(KeyboardInterrupt):
         evaluate("*")
+    assert "stopped at tanh_deq.zzz; the rows before it are in table.csv, table.json" in capsys.readouterr().err
     assert [(row.weights, row.status) for row in table()] == [(TOY, "reproduced")]
     assert rows(Path("table.csv"), metric="test_accuracy")[0]["weights"] == TOY
     assert TOY in Path("table.md").read_text()
