@@ -24,12 +24,16 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "out", metavar="OUT", type=Path, help="the file to write, .onnx or .pt2 (torch.export), in a folder that exists"
     )
-    parser.add_argument("--size", metavar="HxW", help="height and width of images, like 64x96; the graph takes no other")
     parser.add_argument(
-        "--length", metavar="L", type=int, help="positions of a text; the graph takes no other number of them"
+        "--size", metavar="HxW", help="height and width of images, like 64x96; the graph takes no other"
     )
+    parser.add_argument("--length", metavar="L", type=int, help="positions of a text, for good")
     parser.add_argument(
-        "--batch", metavar="N", type=int, default=2, help="samples of the example; the graph takes any number. Default: 2"
+        "--batch",
+        metavar="N",
+        type=int,
+        default=2,
+        help="samples of the example, 2 by default; the graph takes any number",
     )
     parser.add_argument(
         "--solver", metavar="YAML", help="another solver: Broyden, or {class_path: Anderson, init_args: {memory: 5}}"

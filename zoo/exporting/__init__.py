@@ -1,4 +1,4 @@
-"""Whole models as one graph, for ONNX or ``torch.export``, whose solve still ends as soon as all samples have converged.
+"""Whole models as one graph, for ONNX or ``torch.export``, whose solve still ends when all samples have converged.
 
 The graph runs without this zoo, and without torch where it is ONNX. It solves as the model does: sample by sample, with
 the model's own solver, tolerance and number of steps; and it tells how that went.

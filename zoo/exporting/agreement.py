@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from zoo.implicit.exported import GraphReport
+
 from .errors import ExportError
 from .tasks import Task
 
@@ -50,14 +51,14 @@ def agreement(task: Task, run: Runner, inputs: tuple[Tensor, ...], tolerance: fl
     found = run(inputs)
     batch = len(inputs[0])
     same = torch.ones(batch, dtype=torch.bool)
-    steps: Sequence[Tensor] = ()
+    steps, model_steps = [], []
     if task.layer is not None:
+        steps, model_steps = found["steps"].tolist(), wanted["steps"].tolist()
         same = wanted["converged"] & found["converged"] & (wanted["steps"] == found["steps"])
-        steps = found["steps"], wanted["steps"]
         if wanted["converged"].any() and not same.any():
             raise ExportError(
-                f"the graph does not solve as the model does: it made {steps[0].tolist()} steps, and the model "
-                f"{steps[1].tolist()}. Nothing was written"
+                f"the graph does not solve as the model does: it made {steps} steps, and the model {model_steps}. "
+                "Nothing was written"
             )
     differences = {
         name: float((found[name] - x)[same].abs().amax() / x[same].abs().amax().clamp_min(1)) if same.any() else 0.0
@@ -70,7 +71,7 @@ def agreement(task: Task, run: Runner, inputs: tuple[Tensor, ...], tolerance: fl
             f"the graph's {worst} differs from the model's by {differences[worst]:.1e}, more than {tolerance:.1e}. "
             "Nothing was written. Give a larger tolerance if that is what rounding makes of this model"
         )
-    return Agreement(batch, differences[worst], int(same.sum()), *(tuple(x.tolist()) for x in steps or ([], [])))
+    return Agreement(batch, differences[worst], int(same.sum()), tuple(steps), tuple(model_steps))
 
 
 def onnx_runner(path: Path, output_names: list[str]) -> Runner:

@@ -15,10 +15,12 @@ from torch.utils import _pytree as pytree
 from zoo.errors import InputError
 from zoo.flow import DEQFlow
 from zoo.implicit import DEQ, SolverReport
-from zoo.implicit.exported import ExportableDEQ, GraphReport, check_exportable
+from zoo.implicit.exported import ExportableDEQ, GraphReport
+from zoo.implicit.exported_steps import steps_of
 from zoo.language import TextModel
 from zoo.transformer import DEQTransformer, Memory
 from zoo.video import FlowState
+
 from .errors import ExportError
 
 _CHECKS = ("check_images", "check_tokens", "check_memory")
@@ -56,14 +58,14 @@ class Task(nn.Module):
             deq.on_failure = "ignore"  # the outputs tell
             if deq.unrolled is None:
                 try:
-                    check_exportable(deq.solver)
+                    steps_of(deq.solver)
                 except ValueError as error:
                     raise ExportError(str(error)) from None
-        paths, self._structure = pytree.tree_flatten_with_path(inputs)
-        self.example = tuple(x for _, x in paths)
+        leaves, self._structure = pytree.tree_flatten(inputs)
+        self.example = tuple(leaves)
         _check_tensors(self.example)
-        arguments = [*inspect.signature(model.forward).parameters]
-        self.input_names = [_name(arguments[path[0].idx], path[1:]) for path, _ in paths]
+        named = inspect.signature(model.forward).bind(*inputs).arguments
+        self.input_names = [name for key, value in named.items() for name in _named(key, value)]
 
     def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
         """The outputs by name, with the report of the solve after those of the model."""
@@ -111,7 +113,8 @@ def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
         context = model.context(image1)
         h = torch.zeros_like(context)  # the context has as many channels
         z, _ = model.deq(
-            *model.injection(model.features(image1), model.features(image2), context), z0=(h, torch.zeros_like(h[:, :2]))
+            *model.injection(model.features(image1), model.features(image2), context),
+            z0=(h, torch.zeros_like(h[:, :2])),
         )
         return {"flow": model.upsampled(FlowState(*z), image1.shape[2:])}
     return _named("output", model(*inputs))

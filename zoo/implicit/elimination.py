@@ -19,7 +19,7 @@ def solve_definite(A: Tensor, b: Tensor, count: Tensor) -> tuple[Tensor, Tensor]
         Where they were not, x has values without meaning.
     """
 
-    def goes_on(j: Tensor, rows: Tensor, definite: Tensor) -> Tensor:
+    def goes_on(j: Tensor, *_: Tensor) -> Tensor:
         return j < count
 
     def eliminate(j: Tensor, rows: Tensor, definite: Tensor) -> tuple[Tensor, ...]:
@@ -43,7 +43,7 @@ def solve_pivoting(A: Tensor, b: Tensor, count: Tensor) -> Tensor:
         ``(B, m)``.
     """
 
-    def goes_on(j: Tensor, rows: Tensor, free: Tensor, x_row: Tensor) -> Tensor:
+    def goes_on(j: Tensor, *_: Tensor) -> Tensor:
         return j < count
 
     def eliminate(j: Tensor, rows: Tensor, free: Tensor, x_row: Tensor) -> tuple[Tensor, ...]:
