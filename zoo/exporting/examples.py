@@ -21,7 +21,7 @@ _SHIFT = 2  # pixels between the two images of a flow
 def example_inputs(
     model: nn.Module, size: tuple[int, int] | None = None, length: int | None = None, batch: int = 2, seed: int = 0
 ) -> tuple[Tensor, ...]:
-    """Random inputs of a model of the zoo: images in [0, 1], two of them for flow; or tokens.
+    """Random inputs of a model of the zoo: smooth images in [0, 1], two of them for flow; or tokens.
 
     Args:
         model: tells what it takes.
@@ -51,12 +51,13 @@ def example_inputs(
     if size is None:
         raise InputError(f"{name} takes images: say of which height and width the graph's are (size)")
     H, W = size
-    if isinstance(model, DEQFlow):
-        coarse = torch.rand(batch, 3, H // 4 + 1, W // 4 + 1, generator=generator)
-        image = F.interpolate(coarse, (H, W), mode="bilinear", align_corners=True).to(device)
-        return image, image.roll((_SHIFT, _SHIFT), dims=(2, 3))
-    channels = model.injection.in_features // (H * W) if isinstance(model, TanhDEQ) else model.in_channels
-    return (torch.rand(batch, channels, H, W, generator=generator).to(device),)
+    if isinstance(model, TanhDEQ):
+        channels = max(1, model.injection.in_features // (H * W))
+    else:
+        channels = 3 if isinstance(model, DEQFlow) else model.in_channels
+    coarse = torch.rand(batch, channels, H // 4 + 1, W // 4 + 1, generator=generator)
+    image = F.interpolate(coarse, (H, W), mode="bilinear", align_corners=True).to(device)
+    return (image, image.roll((_SHIFT, _SHIFT), dims=(2, 3))) if isinstance(model, DEQFlow) else (image,)
 
 
 def another(example: tuple[Tensor, ...], seed: int = 1) -> tuple[Tensor, ...]:
