@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import os
 import shutil
 import time
 from collections.abc import Iterator
@@ -72,9 +73,8 @@ def test_weights_are_loaded_from_a_repository(hub: Hub, model: torch.nn.Module, 
     assert type(loaded.deq.solver).__name__ == "Newton"
     assert same_weights(zoo.load_pretrained(f"hf:{REPO}@{commit}"), model)
     assert len(gets(hub)) == 1
-    assert {asked.headers.get("authorization") for asked in hub.asked if "/cdn/" not in asked.path} == {
-        "Bearer hf_test"
-    }
+    sent = {(asked.path[:5], asked.headers.get("authorization")) for asked in hub.asked}
+    assert sent - {("/api/", None)} == {("/org/", "Bearer hf_test"), ("/cdn/", None)}, "the token goes to the hub only"
     assert (tmp_path / "cache" / "hf" / "models--org--tanh").is_dir()
 
 
@@ -175,6 +175,29 @@ def test_a_pin_of_the_user(hub: Hub, data: bytes) -> None:
 
 
 # ---------------------------------------------------------------------------------------------------------- what fails
+
+
+class Evil:
+    """A pickle that writes a file when it is read."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def __reduce__(self) -> tuple[object, tuple[str]]:
+        return os.mkdir, (str(self.path),)
+
+
+@pytest.mark.parametrize("door", ["hf", "http"])
+def test_code_in_a_pickle_is_not_run(hub: Hub, tmp_path: Path, door: str) -> None:
+    torch.save({"state_dict": {}, "x": Evil(tmp_path / "run")}, tmp_path / "evil.ckpt")
+    data = (tmp_path / "evil.ckpt").read_bytes()
+    hub.commit(REPO, {"evil.ckpt": data})
+    source = f"hf:{REPO}/evil.ckpt" if door == "hf" else f"{hub.url}/{REPO}/resolve/main/evil.ckpt"
+    with pytest.raises(zoo.WeightsError, match=r"posix\.mkdir"):
+        zoo.load_pretrained(source)
+    assert not (tmp_path / "run").exists()
+    torch.load(tmp_path / "evil.ckpt", weights_only=False)
+    assert (tmp_path / "run").exists(), "it would have run"
 
 
 @pytest.mark.parametrize(
