@@ -12,7 +12,7 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -23,8 +23,6 @@ if TYPE_CHECKING:
 
     from zoo import WeightsRecord
 
-    from .measuring import Measured
-
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The arguments of this verb."""
@@ -34,6 +32,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="names of weights with shell wildcards, like 'mdeq*'; or one source that load_pretrained takes: a file, a "
         "folder, a Lightning checkpoint, hf:..., https:...",
     )
+    parser.add_argument("--source", choices=("shipped", "original"), help="only weights from there")
     parser.add_argument(
         "--as",
         dest="like",
@@ -71,7 +70,9 @@ def run(args: argparse.Namespace) -> None:
 
     _require_device(args.device)
     like = None if args.like is None else find_record(args.like)
-    chosen: dict[str, WeightsRecord | None] = {record.name: record for record in list_weights(args.pattern)}
+    chosen: dict[str, WeightsRecord | None] = {
+        record.name: record for record in list_weights(args.pattern, args.source)
+    }
     if not chosen:
         _require_source(args.pattern)
         chosen = {args.pattern: None}
@@ -115,17 +116,35 @@ def evaluate(name: str, record: WeightsRecord | None, like: WeightsRecord | None
             data_root=args.data_root,
         )
     except FileNotFoundError as error:  # with which data say how to get them
-        return Row(name, NOT_HERE, str(error), parameters)
+        return Row(name, NOT_HERE, str(error), parameters, _metrics(record, {}, args.split))
     except WeightsError as error:
-        return Row(name, NOT_HERE if absent else FAILED, str(error), parameters)
+        status = NOT_HERE if absent else FAILED
+        return Row(name, status, str(error), parameters, _metrics(record, {}, args.split))
     except Exception as error:  # noqa: BLE001 - the others are still to come, and this one's row says what it was
-        return Row(name, FAILED, f"{type(error).__name__}: {error}", parameters)
-    return _row(name, record, parameters, found, args.split, args.limit)
+        return Row(name, FAILED, f"{type(error).__name__}: {error}", parameters, _metrics(record, {}, args.split))
+    metrics = _metrics(record, found.metrics, args.split)
+    status, message = _judged(record, metrics, args.limit)
+    own = {key: value for key, value in vars(found).items() if key != "metrics"}
+    return Row(name, status, message, parameters, metrics, **own)
 
 
-def _row(
-    name: str, record: WeightsRecord | None, parameters: int, found: Measured, split: str, limit: int | None
-) -> Row:
+def _judged(record: WeightsRecord | None, metrics: Sequence[Metric], limit: int | None) -> tuple[str, str]:
+    """A status, and what is to be said of it."""
+    if limit is not None:
+        return MEASURED, f"{limit} batches only"
+    if record is None or all(metric.recorded is None for metric in metrics):
+        return MEASURED, ""
+    bad = [metric.name for metric in metrics if not metric.is_reproduced]
+    if bad:
+        return NOT_REPRODUCED, f"{', '.join(bad)} not as recorded; trained on: {record.trained_on}"
+    return REPRODUCED, ""
+
+
+def _metrics(record: WeightsRecord | None, found: Mapping[str, float], split: str) -> list[Metric]:
+    """What is recorded and published of the parts that are read, and what was found of it.
+
+    Where nothing is recorded, of what was found that which is recorded usually.
+    """
     from .measuring import METRICS, PARTS
 
     def known(values: Mapping[str, float]) -> dict[str, float]:
@@ -133,17 +152,8 @@ def _row(
 
     recorded, published = (known(record.metrics), known(record.published)) if record else ({}, {})
     usual = (f"{part}_{metric}" for part in PARTS[split] for metric in METRICS)
-    compared = recorded or [key for key in usual if key in found.metrics]
-    names = dict.fromkeys([*compared, *published])
-    metrics = [Metric(key, found.metrics.get(key), recorded.get(key), published.get(key)) for key in names]
-    own = {key: getattr(found, key) for key in vars(found) if key != "metrics"}
-    if limit is not None or not recorded:
-        return Row(name, MEASURED, "" if limit is None else f"{limit} batches only", parameters, metrics, **own)
-    bad = [metric.name for metric in metrics if not metric.is_reproduced]
-    if bad and record:
-        message = f"{', '.join(bad)} not as recorded; trained on: {record.trained_on}"
-        return Row(name, NOT_REPRODUCED, message, parameters, metrics, **own)
-    return Row(name, REPRODUCED, "", parameters, metrics, **own)
+    names = dict.fromkeys([*(recorded or (key for key in usual if key in found)), *published])
+    return [Metric(key, found.get(key), recorded.get(key), published.get(key)) for key in names]
 
 
 def _evaluation(

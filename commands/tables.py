@@ -7,6 +7,7 @@ import io
 import json
 import platform
 import time
+from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -186,6 +187,8 @@ def _csv_lines(row: Row) -> str:
     return "".join(_csv_line([line[key] for key in CSV]) for line in row.lines())
 
 
+MOST_SAID = 5
+"""Of so many weights that are not here it is printed what to fetch; of more it stands in the files only."""
 WIDTHS = {"status": 14, "metric": 19, "published_difference": 10}
 
 
@@ -229,8 +232,9 @@ class MarkdownPrinter:
         print(_markdown_lines(row, self.width), end="", flush=True)
 
     def end(self, rows: Sequence[Row], where: str) -> None:
-        print("".join(f"\n{line.splitlines()[0]}" for line in _messages(rows)))
-        counts = {status: sum(row.status == status for row in rows) for status in dict.fromkeys(r.status for r in rows)}
+        counts = Counter(row.status for row in rows)
+        said = [row for row in rows if row.status != NOT_HERE or counts[NOT_HERE] <= MOST_SAID]
+        print("".join(f"\n{line.splitlines()[0]}" for line in _messages(said)))
         print(", ".join(f"{number} {status}" for status, number in counts.items()), f"-> {where}")
 
 

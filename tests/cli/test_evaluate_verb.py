@@ -22,7 +22,7 @@ from commands.tables import Metric, Row
 from tests.command_line import Fitted, refused, rows
 from tests.toy_weights import publish
 from zoo import load_pretrained
-from zoo.records import ORIGINAL, find_record, save_record
+from zoo.records import ORIGINAL, find_record, list_weights, save_record
 
 TOY = "tanh_deq.toy"
 DIGITS = {
@@ -89,16 +89,15 @@ def test_recorded_metrics_of_shipped_weights_are_reproduced(name: str) -> None:
 
 
 def test_a_text_and_a_video_are_measured_too() -> None:
-    """A few batches of the others, whose samples are pairs of a video's frames, segments of a text, and scenes."""
-    assert evaluate("*[cs]", "--split", "val", "--limit", "3", "--batch_size", "2") == 0
-    found = {row.weights: row for row in table()}
-    measured = [row.message for row in found.values() if row.status != "not here"]
-    assert measured == 5 * ["3 batches only"]
-    scenes = found["mdeq_nano_scenes.digit_scenes"]
-    assert [metric.name for metric in scenes.metrics] == ["val_miou", "val_pixel_accuracy", "val_converged"]
-    for name in (scenes.weights, "deq_flow_nano.synthetic", "deq_transformer_nano.pydocs"):
-        assert found[name].milliseconds is not None
-        assert 0.3 < (found[name].megabytes or 0) < 10, "two of them would take more, or less"
+    """A few batches: a sample is a pair of a video's frames, or a segment of a text."""
+    given = ("--source", "shipped", "--split", "val", "--limit", "3", "--batch_size", "2")
+    assert evaluate("deq*", *given) == 0
+    flow, text = table()
+    assert [row.message for row in (flow, text)] == 2 * ["3 batches only"]
+    assert [metric.name for metric in flow.metrics] == ["val_converged", "val_epe", "val_epe_zero"]
+    for row in (flow, text):
+        assert row.milliseconds is not None
+        assert 0.3 < (row.megabytes or 0) < 10, "two of them would take more, or less"
 
 
 def test_a_metric_that_is_not_reproduced(toy: dict[str, float], capsys: pytest.CaptureFixture[str]) -> None:
@@ -140,7 +139,7 @@ def test_published_metrics_are_shown_with_the_difference(toy: dict[str, float]) 
 
 
 def test_a_batch_of_another_size_gives_the_same(toy: dict[str, float]) -> None:
-    assert evaluate(TOY, "--batch_size", "7") == 0
+    assert evaluate(TOY, "--batch_size", "50") == 0
     assert table()[0].status == "reproduced"
 
 
@@ -215,9 +214,22 @@ def test_what_is_not_here_has_a_row_and_the_run_goes_on(
     }
     assert "nowhere" in found["tanh_deq.images"].message
     assert "net.pth" in found["tanh_deq.published"].message
-    assert "2 not here, 1 reproduced" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "tanh_deq.images, not here: " in printed
+    assert "2 not here, 1 reproduced" in printed
     assert evaluate("tanh_deq.images", "--data_root", "elsewhere") == 1, "nothing was measured"
     assert "elsewhere" in table()[0].message
+
+
+def test_originals_are_shown_with_what_is_published(capsys: pytest.CaptureFixture[str]) -> None:
+    assert evaluate("*", "--source", "original") == 1, "none could be measured"
+    found = {row.weights: row for row in table()}
+    assert {row.status for row in found.values()} == {"not here"}
+    assert found["mdeq_small_imagenet.imagenet"].metrics[0] == Metric("test_accuracy", None, None, 0.755)
+    printed = capsys.readouterr().out
+    assert f"{len(list_weights(source=ORIGINAL))} not here" in printed
+    assert "by hand" not in printed, "of so many it stands in the files"
+    assert "by hand" in Path("table.md").read_text()
 
 
 def test_one_that_fails_does_not_stop_the_others(toy: dict[str, float], weights_folder: Path) -> None:
@@ -274,8 +286,9 @@ def test_the_three_files_and_what_is_printed_say_the_same(
     printed = capsys.readouterr().out
     assert printed == Path("table.csv").read_text()
     lines = list(csv.DictReader(io.StringIO(printed)))
-    assert [line["metric"] for line in lines] == ["", "val_accuracy", "test_accuracy"]
-    assert float(lines[2]["value"]) == toy["test_accuracy"] == float(lines[2]["recorded"])
+    assert [line["metric"] for line in lines] == 2 * ["val_accuracy", "test_accuracy"]
+    assert (lines[0]["status"], lines[0]["value"], lines[0]["recorded"]) == ("not here", "", "0.5")
+    assert float(lines[3]["value"]) == toy["test_accuracy"] == float(lines[3]["recorded"])
     assert evaluate("*", "--format", "json") == 0
     printed = capsys.readouterr().out
     assert [json.loads(line) for line in printed.splitlines()] == json.loads(Path("table.json").read_text())["rows"]
