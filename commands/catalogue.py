@@ -7,13 +7,13 @@ import dataclasses
 import fnmatch
 import json
 from collections.abc import Iterable, Mapping
-from typing import Any
+from typing import Any, Literal
 
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-NARROW = 100  # columns of a terminal below which a table would fold every cell
+NARROW = 140  # columns of a terminal below which a table would fold every cell
 NAMES = {"name", "parameters", "weights"}  # columns that are never folded
 
 
@@ -124,7 +124,8 @@ def _show(rows: Iterable[Mapping[str, str | list[str]]]) -> None:
     console = terminal if terminal.is_terminal else Console(width=10_000)
     table = Table(box=None, pad_edge=False, padding=(0, 3, 0, 0))
     for key in rows[0]:
-        table.add_column(key, justify="right" if key == "parameters" else "left", no_wrap=key in NAMES)
+        justify: Literal["right", "left"] = "right" if key == "parameters" else "left"
+        table.add_column(key, justify=justify, no_wrap=key in NAMES, overflow="fold")
     for row in rows:
         table.add_row(*(Text(_joined(value, "\n" if terminal.is_terminal else ", ")) for value in row.values()))
     console.print(table)

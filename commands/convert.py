@@ -49,7 +49,10 @@ def run(args: argparse.Namespace) -> None:
     overrides = parse_overrides(args.override)
     is_foreign = Path(args.original).is_file() and Path(args.original).suffix != ".ckpt"
     load = zoo.load_original if is_foreign else zoo.load_pretrained
-    model = load(args.original, **overrides)
+    try:
+        model = load(args.original, **overrides)
+    except TypeError as error:  # an override of another type than the model's argument
+        raise ValueError(str(error)) from error
 
     unfinished = out.with_name(f".{out.stem}.{os.getpid()}.safetensors")
     try:
