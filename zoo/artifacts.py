@@ -35,8 +35,8 @@ def fetch_artifact(name: str, blobs: Blobs, *, offline: bool, sha256: str | None
         return path
     if offline:
         raise WeightsError(
-            f"{source} is not in the cache ({blobs.note(source)}), and nothing is fetched offline; load it once where "
-            "there is a network, with the same cache, or load a copy of the file by its path"
+            f"{source} is not in the cache (it would be noted in {blobs.note(source)}), and nothing is fetched "
+            "offline; load it once where there is a network, with the same cache, or load a copy of the file by its path"
         )
     artifact = _artifact(name)
     if path and known and known.version == artifact.digest:

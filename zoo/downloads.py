@@ -58,9 +58,10 @@ def download(url: str, blobs: Blobs, *, offline: bool, sha256: str | None = None
     if wanted and (path := blobs.find(wanted)):
         return path
     if offline:
-        where = blobs.folder / "blobs" / (wanted + _suffix(url)) if wanted else blobs.note(url)
+        file = blobs.folder / "blobs" / f"{wanted}{_suffix(url)}"
+        where = f"it would be {file}" if wanted else f"it would be noted in {blobs.note(url)}"
         raise WeightsError(
-            f"{shown(url)} is not in the cache (it would be {where}), and nothing is fetched offline; load it once "
+            f"{shown(url)} is not in the cache ({where}), and nothing is fetched offline; load it once "
             "where there is a network, with the same cache, or load a copy of the file by its path"
         )
     with blobs.lock(url):

@@ -452,5 +452,5 @@ def test_offline_opens_no_socket(url: str, monkeypatch: pytest.MonkeyPatch, tmp_
     assert fetch(url) == path
     note = tmp_path / "empty" / "sources"
     message = refused(url, cache_dir=tmp_path / "empty")
-    assert message.startswith(f"{url} is not in the cache (it would be {note}")
+    assert message.startswith(f"{url} is not in the cache (it would be noted in {note}")
     assert not (tmp_path / "empty").exists()

@@ -211,7 +211,9 @@ def test_no_login() -> None:
 
 def test_offline_asks_nobody(api: type[Api], tmp_path: Path) -> None:
     note = tmp_path / "cache" / "sources"
-    assert refused(f"wandb:{NAME}:v0", offline=True).startswith(f"wandb:{NAME}:v0 is not in the cache ({note}")
+    assert refused(f"wandb:{NAME}:v0", offline=True).startswith(
+        f"wandb:{NAME}:v0 is not in the cache (it would be noted in {note}"
+    )
     assert api.asked == []
 
 
