@@ -36,7 +36,7 @@ def fetch_artifact(name: str, blobs: Blobs, *, offline: bool, sha256: str | None
     if offline:
         raise WeightsError(
             f"{source} is not in the cache (it would be noted in {blobs.note(source)}), and nothing is fetched "
-            "offline; load it once where there is a network, with the same cache, or load a copy of the file by its path"
+            "offline; load it once where there is a network, with the same cache, or a copy of the file by its path"
         )
     artifact = _artifact(name)
     if path and known and known.version == artifact.digest:
