@@ -11,7 +11,7 @@ import subprocess
 import sys
 import tomllib
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "lightning_modules": {"torch", "torchvision", "pytorch_lightning", "lightning_fabric", "torchmetrics", "zoo"},
     "datamodules": {"torch", "pytorch_lightning", "torchvision", "sklearn", "numpy", "PIL"},
     "commands": {
-        *("torch", "pytorch_lightning", "lightning_fabric", "jsonargparse", "yaml", "rich"),
+        *("torch", "torchvision", "pytorch_lightning", "lightning_fabric", "jsonargparse", "yaml", "rich"),
         *("zoo", "lightning_modules", "datamodules"),
     },
 }
@@ -186,7 +186,7 @@ def test_the_wheel_loads_its_weights(wheel: Path, tmp_path: Path) -> None:
 # ------------------------------------------------------------------------------------------------- what is written down
 
 YAML = sorted(str(path.relative_to(ROOT)) for path in (ROOT / "configs").rglob("*.yaml"))
-COMMAND = re.compile(r"^(?:#[ \t]*)?python (?:\S*/)?cli\.py ((?:fit|validate|test|predict) .*)$", re.MULTILINE)
+COMMAND = re.compile(rf"^(?:#[ \t]*)?python (?:\S*/)?cli\.py ((?:{'|'.join(cli.SUMMARIES)})(?: .*)?)$", re.MULTILINE)
 
 
 def written_commands() -> dict[str, set[str]]:
@@ -229,7 +229,16 @@ def test_commands_are_written_down() -> None:
     assert set.union(*commands.values()) >= {"README.md", *YAML}, "each configuration says how it is used"
 
 
-@pytest.mark.parametrize("command", written_commands())
+def written(kinds: Iterable[str]) -> list[str]:
+    return [command for command in written_commands() if command.split()[0] in kinds]
+
+
+@pytest.mark.parametrize("command", written(cli.VERBS))
+def test_every_written_verb_is_understood(command: str) -> None:
+    assert vars(cli.parse_verb(shlex.split(command)))
+
+
+@pytest.mark.parametrize("command", written(cli.TRAINING))
 def test_every_written_command_is_understood(
     command: str, fitted: Fitted, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
