@@ -1,7 +1,7 @@
 # make demo   from nothing to a trained and tested equilibrium model
 # make test   from nothing to a passed test suite
 # make check  the linter and the type checker
-# make weights  train and publish the weights that ship in checkpoints/
+# make weights  train and publish the weights that ship in checkpoints/; FORCE=1 replaces those that are there
 
 PYTHON ?= python3
 VENV ?= .venv
@@ -23,7 +23,7 @@ check: $(VENV)/installed-dev
 
 weights: $(VENV)/installed
 	$(BIN)/python cli.py fit -c $(CONFIG) $(ARGS) --trainer.accelerator cpu --trainer.logger.name published
-	$(BIN)/python examples/publish_weights.py \
+	$(BIN)/python examples/publish_weights.py $(if $(FORCE),--force) \
 		"$$(ls -td runs/published/version_*/checkpoints/best.ckpt | head -n 1)"
 
 clean:
