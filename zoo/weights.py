@@ -133,19 +133,19 @@ def load_pretrained(
         spec, state = _read_original(found, found.record)
     else:
         spec, state = _read(found, averaged=averaged)
-    if found.record is None:
-        _check_sizes(spec, state, name)
-    model = create_model(spec.model, **{**spec.arguments, **overrides})
-    if fresh := _keep_classifier(model, state, overrides.get("num_classes")):
-        classes, keys = fresh
+    if overrides and found.record is None:
+        _refuse_misfits(_without_memory(spec, {}, name), state, [], name, {})  # what it says of itself, first
+    model = _without_memory(spec, overrides, name)
+    fresh = _fresh_keys(model, state, overrides.get("num_classes"))
+    _refuse_misfits(model, state, fresh, name, overrides)
+    if fresh:
         warnings.warn(
-            f"{name} was trained for {classes} classes, and {overrides['num_classes']} were asked for: "
-            f"{', '.join(keys)} start at random",
+            f"{name} was trained for {len(state[fresh[0]])} classes, and {overrides['num_classes']} were asked for: "
+            f"{', '.join(fresh)} start at random",
             ReinitializedWarning,
             stacklevel=2,
         )
-    _fill(model, state, name, overrides)
-    return model.eval()
+    return _filled(model, {key: value for key, value in state.items() if key not in fresh}, fresh).eval()
 
 
 # ------------------------------------------------------------------------------------------------ from sources to files
@@ -309,55 +309,77 @@ def state_of_checkpoint(
 # ----------------------------------------------------------------------------------------------- from tensors to models
 
 
-def _check_sizes(spec: ModelSpec, state: Mapping[str, Tensor], where: str) -> None:
-    """Raise WeightsError where a file that nobody vouches for names a model that its tensors are not of.
-
-    The model is made without memory: a file of a few bytes can ask for one that no machine has room for.
-    """
+def _without_memory(spec: ModelSpec, overrides: Mapping[str, Any], where: str) -> nn.Module:
+    """The model, its tensors without memory: a file of a few bytes can ask for one that no machine has room for."""
     try:
         with torch.device("meta"):
-            model = create_model(spec.model, **spec.arguments)
-    except Exception as error:  # noqa: BLE001 - a constructor fails in its own way on arguments that make no sense
+            return create_model(spec.model, **{**spec.arguments, **overrides})
+    except Exception as error:
+        if overrides:
+            raise
         raise WeightsError(
-            f"{where} names a model {spec.model!r} that cannot be made here: {_first_line(error)}. It needs a zoo that "
-            "has this model"
+            f"{where} names a model {spec.model!r} that cannot be made here: {_first_line(error)}; nothing was loaded. "
+            "It needs a zoo that has this model"
         ) from None
-    _refuse_misfits(state, model, f"{where} has other tensors than the model {spec.model} that it names")
 
 
-def _keep_classifier(
-    model: nn.Module, state: dict[str, Tensor], num_classes: int | None
-) -> tuple[int, list[str]] | None:
-    """Put the model's own classifier among the tensors where they are for another number of classes.
-
-    Returns:
-        that number and the keys, or None where nothing had to be changed.
-    """
-    ours = model.state_dict()
+def _fresh_keys(model: nn.Module, state: Mapping[str, Tensor], num_classes: int | None) -> list[str]:
+    """What of the classifier is for another number of classes."""
     prefix = f"{getattr(model, 'classifier_name', '')}."
-    keys = [key for key in ours if key.startswith(prefix) and key in state and state[key].dim()]
-    if num_classes is None or not keys or len(state[keys[0]]) == num_classes:
-        return None
-    classes = len(state[keys[0]])
-    state.update({key: ours[key] for key in keys})
-    return classes, keys
+    keys = [key for key in model.state_dict() if key.startswith(prefix) and key in state and state[key].dim()]
+    return keys if num_classes is not None and any(len(state[key]) != num_classes for key in keys) else []
 
 
-def _fill(model: nn.Module, state: Mapping[str, Tensor], where: str, overrides: Mapping[str, Any]) -> None:
-    """Copy the tensors into the model."""
-    misfit = f"the weights {where} do not fit the model {spec_of(model).model}"
-    if overrides:
-        given = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
-        misfit += f" with {given} changed; change only arguments that keep the shapes"
-    _refuse_misfits(state, model, misfit)
-    model.load_state_dict(state)
-
-
-def _refuse_misfits(state: Mapping[str, Tensor], model: nn.Module, message: str) -> None:
+def _refuse_misfits(
+    model: nn.Module, state: Mapping[str, Tensor], fresh: list[str], where: str, overrides: Mapping[str, Any]
+) -> None:
     from .originals.common import problems
 
-    if different := problems(state, model.state_dict()):
-        raise WeightsError(f"{message}. In the file {different}")
+    expected = {key: value for key, value in model.state_dict().items() if key not in fresh}
+    if not (different := problems({key: state[key] for key in state if key not in fresh}, expected)):
+        return
+    given = ", ".join(f"{key}={value!r}" for key, value in overrides.items())
+    raise WeightsError(
+        f"the weights {where} do not fit the model {spec_of(model).model}"
+        + (f" with {given} changed; change only arguments that keep the shapes" if given else " that they name")
+        + f". In the file {different}; nothing was loaded"
+    )
+
+
+def _filled(model: nn.Module, state: Mapping[str, Tensor], fresh: list[str]) -> nn.Module:
+    """The model with these tensors, and random ones for the keys that are fresh.
+
+    Args:
+        model: without memory.
+        state: all others.
+        fresh: keys of the model.
+    """
+    shapes = model.state_dict()
+    if fresh or not _is_all_in_its_state(model):
+        spec = spec_of(model)
+        model = create_model(spec.model, **spec.arguments)
+        model.load_state_dict({**state, **{key: model.state_dict()[key] for key in fresh}})
+        return model
+    # Nothing is drawn that is overwritten: a model takes no more memory than its file.
+    model.load_state_dict(
+        {
+            key: torch.empty(x.shape, dtype=x.dtype, device="cpu").copy_(state[key].detach())
+            for key, x in shapes.items()
+        },
+        assign=True,
+    )
+    return model
+
+
+def _is_all_in_its_state(model: nn.Module) -> bool:
+    """Whether the model has each of its tensors once, and in its state dict."""
+    tensors = [*model.named_parameters(remove_duplicate=False), *model.named_buffers(remove_duplicate=False)]
+    beside = any(isinstance(value, Tensor) for module in model.modules() for value in vars(module).values())
+    return (
+        not beside
+        and {name for name, _ in tensors} == model.state_dict().keys()
+        and len({*map(id, dict(tensors).values())}) == len(tensors)
+    )
 
 
 # -------------------------------------------------------------------------------------- weights of the original authors
