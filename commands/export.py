@@ -40,6 +40,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--tol", metavar="X", type=float, help="another tolerance of the solver")
     parser.add_argument("--max_steps", metavar="K", type=int, help="another limit of the solver's steps")
+    parser.add_argument(
+        "--tolerance",
+        metavar="X",
+        type=float,
+        default=1e-4,
+        help="by how much graph and model may differ; 1e-4 by default",
+    )
     parser.add_argument("--force", action="store_true", help="replace OUT if it is there")
 
 
@@ -65,7 +72,7 @@ def run(args: argparse.Namespace) -> None:
     overrides = {} if args.solver is None else {"solver": parse_value(args.solver)}
     model = zoo.load_pretrained(args.name, **overrides)
     _change_solver(model, **{key: getattr(args, key) for key in ("tol", "max_steps") if getattr(args, key) is not None})
-    exported = export(model, out, *example_inputs(model, size, args.length, args.batch))
+    exported = export(model, out, *example_inputs(model, size, args.length, args.batch), tolerance=args.tolerance)
 
     print(f"file:     {out}, {out.stat().st_size:,} bytes")
     for what, shapes in (("inputs", exported.inputs), ("outputs", exported.outputs)):
