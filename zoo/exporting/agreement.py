@@ -69,8 +69,8 @@ def agreement(task: Task, run: Runner, inputs: tuple[Tensor, ...], tolerance: fl
     if not differences[worst] <= tolerance:
         raise ExportError(
             f"the graph's {worst} differs from the model's by {differences[worst]:.1e}, more than {tolerance:.1e}. "
-            "Nothing was written. A long solve magnifies rounding: if the model differs as much from itself in float64, "
-            "give a larger tolerance"
+            "Nothing was written. A long solve magnifies rounding: if the model differs as much from itself in "
+            "float64, give a larger tolerance"
         )
     return Agreement(batch, differences[worst], int(same.sum()), tuple(steps), tuple(model_steps))
 
