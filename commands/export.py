@@ -27,7 +27,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--size", metavar="HxW", help="height and width of images, like 64x96; the graph takes no other"
     )
-    parser.add_argument("--length", metavar="L", type=int, help="positions of a text, for good")
+    parser.add_argument("--length", metavar="L", type=int, help="positions of a text; the graph takes no other number")
     parser.add_argument(
         "--batch",
         metavar="N",
