@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 import zoo
 from zoo.originals.common import problems
+from zoo.pickles import is_pickle
 from zoo.weight_files import read_weights
 from zoo.weights import is_source, state_of_checkpoint
 
@@ -44,7 +45,7 @@ def _read(path: str, model: nn.Module) -> dict[str, Tensor]:
         raise CheckpointError(f"weights_from takes a file; there is none at {path}")
     if file.suffix == ".ckpt":
         return state_of_checkpoint(load_content(file), path)
-    if file.suffix == ".safetensors":
+    if not is_pickle(file):
         spec, state = read_weights(file)
         if spec is not None:
             return state

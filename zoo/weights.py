@@ -212,8 +212,9 @@ def _near(path: Path) -> str:
     """What a user may have meant by a path that is not there."""
     if not path.parent.is_dir():
         return f", nor a folder {path.parent}"
-    names = [entry.name for entry in path.parent.iterdir()]
-    close = difflib.get_close_matches(path.name, names, n=3)
+    names = sorted(entry.name for entry in path.parent.iterdir())
+    close = [name for name in names if name.startswith(f"{path.name}.")][:3]
+    close = close or difflib.get_close_matches(path.name, names, n=3)
     return f"; near is {', '.join(str(path.parent / name) for name in close)}" if close else ""
 
 

@@ -209,6 +209,8 @@ def test_a_pickle_is_not_executed(fitted: Fitted, where: str, zipped: bool, caps
     for typed in (
         ["test", "--ckpt_path", "mine.ckpt"],
         ["fit", "--ckpt_path=mine.ckpt", "--trainer.fast_dev_run", "1"],
+        ["validate", "--ckpt_path", "mine.ckpt"],
+        ["predict", "--ckpt_path", "mine.ckpt"],
         ["test", "-c", DIGITS, "-c", "mine.yaml"],
     ):
         message = refused(capsys, *typed)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +13,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 import zoo
-from lightning_modules import OpticalFlow
+from lightning_modules import OpticalFlow, SemanticSegmenter
 from lightning_modules.checkpoints import CheckpointError
 from tests.command_line import same
 from tests.lightning_modules.flows import SMALL, pairs, small
@@ -92,6 +94,36 @@ def test_files_that_cannot_be_read(tmp_path: Path) -> None:
     torch.save({"some": torch.zeros(3)}, tmp_path / "some.pth")
     with pytest.raises(WeightsError, match="is of no family that load_original knows"):
         other(weights_from=str(tmp_path / "some.pth"))
+
+
+class Malicious:
+    def __init__(self, marker: Path) -> None:
+        self.marker = marker
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, (str(self.marker),)
+
+
+@pytest.mark.parametrize("zipped", [True, False])
+@pytest.mark.parametrize("suffix", [".ckpt", ".pth", ".safetensors"])
+@pytest.mark.parametrize("start", ["pretrained", "weights_from", "backbone"])
+def test_nothing_is_executed(start: str, suffix: str, zipped: bool, tmp_path: Path) -> None:
+    path, marker = tmp_path / f"mine{suffix}", tmp_path / "executed"
+    content = {"state_dict": {"a": torch.zeros(2)}, "more": Malicious(marker)}
+    torch.save(content, path, _use_new_zipfile_serialization=zipped)
+    task = partial(SemanticSegmenter, model="mdeq_nano_scenes", num_classes=4) if start == "backbone" else other
+    with pytest.raises((CheckpointError, WeightsError), match=r"could run code.*It asks for posix\.mkdir"):
+        task(**{start: str(path)})
+    assert not marker.exists()
+
+
+@pytest.mark.parametrize("form", ["folder", "file:"])
+def test_any_source(stage: Any, form: str, tmp_path: Path) -> None:
+    weights, folder = stage
+    (tmp_path / "model.safetensors").write_bytes((folder / "things.safetensors").read_bytes())
+    source = str(tmp_path) if form == "folder" else f"file:{folder}/things.ckpt"
+    for start in ("weights_from", "pretrained"):
+        assert same(state(other(**{start: source})), dict(weights))
 
 
 @pytest.mark.parametrize("beside", [{"pretrained": "deq_flow_nano.x"}, {"backbone": "deq_flow_nano.x"}])

@@ -18,10 +18,11 @@ import torch
 import yaml
 
 import zoo
-from tests.command_line import DIGITS, ROOT, same
+from tests.command_line import DIGITS, ROOT, Fitted, same
 from tests.toy_weights import publish
 from zoo import cards, records, weight_files
 from zoo.implicit import Gradient, Newton, PhantomGradient, Solver, from_description
+from zoo.originals.mdeq import original_name
 
 TOY = "tanh_deq.toy"
 
@@ -247,6 +248,191 @@ def test_another_shape_is_one_clear_error(overrides: dict[str, Any], told: str) 
     assert "In the file" in str(error.value)
     assert "\n" not in str(error.value)
     assert error.value.__context__ is None
+
+
+@pytest.mark.usefixtures("weights_folder")
+def test_a_segmenter_and_an_image_classifier_get_another_classifier(tmp_path: Path) -> None:
+    sizes: dict[str, Any] = {"channels": (8, 16), "stem_stride": 1, "expansion": 2, "post_affine": False}
+    for name, rest in (("mdeq", {"head_widths": (2, 2), "final_width": 5}), ("mdeq_segmenter", {})):
+        model = zoo.create_model(name, num_classes=5, **sizes, **rest)
+        zoo.save_weights(model, tmp_path / "mine.safetensors")
+        with pytest.warns(zoo.ReinitializedWarning, match=r"head\.classifier\.weight, head\.classifier\.bias start at"):
+            loaded = zoo.load_pretrained(tmp_path / "mine.safetensors", num_classes=2)
+        assert len(loaded.state_dict()["head.classifier.weight"]) == 2
+        assert all(
+            same(value, model.state_dict()[key])
+            for key, value in loaded.state_dict().items()
+            if not key.startswith("head.classifier.")
+        )
+        assert loaded.state_dict()["head.classifier.weight"].any()
+
+
+# ------------------------------------------------------------------------------------------------------------ sources
+
+
+@pytest.mark.parametrize("form", ["path", "str", "file:", "file://", "folder", "relative"])
+def test_paths(weights_folder: Path, form: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = publish()
+    monkeypatch.chdir(tmp_path)
+    path = tmp_path / "a folder" / "model.safetensors"
+    path.parent.mkdir()
+    path.write_bytes((weights_folder / f"{TOY}.safetensors").read_bytes())
+    source = {
+        "path": path,
+        "str": str(path),
+        "file:": f"file:{path}",
+        "file://": path.as_uri(),
+        "folder": path.parent,
+        "relative": "a folder/model.safetensors",
+    }[form]
+    assert same(state(zoo.load_pretrained(source)), state(published))
+
+
+def test_the_file_of_a_record_is_verified_by_it_too(weights_folder: Path) -> None:
+    """Whichever way it is called; another file with a right digest is another file."""
+    publish()
+    path = weights_folder / f"{TOY}.safetensors"
+    zoo.save_weights(zoo.create_model("tanh_deq", width=6), path)
+    for source in (TOY, path, f"file:{path}", f"{weights_folder}/../{weights_folder.name}/{TOY}.safetensors"):
+        with pytest.raises(zoo.WeightsError, match=r"its sha256 is .*, its record says "):
+            zoo.load_pretrained(source)
+    path.rename(weights_folder / "mine.safetensors")
+    zoo.load_pretrained(weights_folder / "mine.safetensors")
+
+
+@pytest.mark.parametrize("source", [TOY, "mine.safetensors", "mine.ckpt"])
+def test_a_sha256_that_is_asked_for(weights_folder: Path, source: str, fitted: Fitted) -> None:
+    publish()
+    (weights_folder / "mine.safetensors").write_bytes((weights_folder / f"{TOY}.safetensors").read_bytes())
+    (weights_folder / "mine.ckpt").write_bytes(Path(fitted.best).read_bytes())
+    path = weights_folder / (f"{TOY}.safetensors" if source == TOY else source)
+    wanted = weight_files.sha256_of(path.read_bytes())
+    source = source if source == TOY else str(path)
+    zoo.load_pretrained(source, sha256=wanted.upper())
+    with pytest.raises(zoo.WeightsError) as error:
+        zoo.load_pretrained(source, sha256="0" * 64)
+    assert str(error.value).startswith(
+        f"{path} is damaged or was replaced: its sha256 is {wanted}, and it was asked for {'0' * 64}; nothing was"
+    )
+    with pytest.raises(ValueError, match="a sha256 has 64 hexadecimal digits"):
+        zoo.load_pretrained(source, sha256="12")
+
+
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        (
+            "mien.safetensors",
+            r"there is no file mien\.safetensors; near is mine\.safetensors\. load_pretrained takes a na",
+        ),
+        ("file:mine", r"there is no file mine; near is mine\.safetensors\. "),
+        ("no/where/mine.ckpt", r"there is no file no/where/mine\.ckpt, nor a folder no/where\. "),
+        ("empty", r"the folder empty has none of model\.safetensors, .*; there is: nothing\. "),
+        ("full", r"the folder full has none of model\.safetensors, .*; there is: weights\.bin\. "),
+    ],
+)
+@pytest.mark.usefixtures("weights_folder")
+def test_mistyped_paths(source: str, told: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "mine.safetensors").touch()
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "full").mkdir()
+    (tmp_path / "full" / "weights.bin").touch()
+    with pytest.raises(zoo.WeightsError, match=f"^{told}"):
+        zoo.load_pretrained(source)
+
+
+@pytest.mark.usefixtures("weights_folder")
+@pytest.mark.parametrize("source", ["s3://bucket/mine.safetensors", "torchvison:Raft_Large_Weights.C_T_V2", "tanh_deq"])
+def test_unknown_kinds_of_source(source: str) -> None:
+    publish()
+    with pytest.raises(
+        ValueError, match=r"^unknown weights '.*'\. .*It takes a name of zoo\.list_weights\(\), a file, a f"
+    ):
+        zoo.load_pretrained(source)
+
+
+# ------------------------------------------------------------------------------------------------------------ originals
+
+
+@pytest.fixture
+def original(weights_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> tuple[Path, torch.nn.Module]:
+    """An original record, where its file belongs, and the model that is in it."""
+    monkeypatch.setenv("DEQ_ZOO_CACHE", str(tmp_path / "cache"))
+    model = zoo.create_model("mdeq_tiny", num_classes=10)
+    record = zoo.WeightsRecord(
+        name="mdeq_tiny.theirs",
+        model="mdeq_tiny",
+        arguments={"stem_stride": 1},
+        source="original",
+        sha256=None,
+        num_parameters=1,
+        trained_on="CIFAR-10",
+        recipe="theirs",
+        metrics={},
+        licence="MIT",
+        preprocessing="images",
+        download="https://example.org/models",
+        file="MDEQ_Tiny.pkl",
+    )
+    records.save_record(record)
+    return record.path, model
+
+
+def put(path: Path, model: torch.nn.Module) -> str:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    torch.save({original_name(key, segmenter=False): value for key, value in model.state_dict().items()}, path)
+    return weight_files.sha256_of(path.read_bytes())
+
+
+def test_an_original_says_what_to_get_and_where_to_put_it(original: Any, tmp_path: Path) -> None:
+    path, _ = original
+    assert path == tmp_path / "cache" / "originals" / "mdeq_tiny.theirs" / "MDEQ_Tiny.pkl"
+    elsewhere = tmp_path / "elsewhere" / path.relative_to(tmp_path / "cache")
+    for given, wanted in ((None, path), (tmp_path / "elsewhere", elsewhere)):
+        with pytest.raises(zoo.WeightsError) as error:
+            zoo.load_pretrained("mdeq_tiny.theirs", cache_dir=given)
+        assert str(error.value) == (
+            "mdeq_tiny.theirs were published by the original authors, and have to be fetched by hand: get "
+            f"MDEQ_Tiny.pkl from https://example.org/models, and put it at {wanted}; or give its path to "
+            "zoo.load_original"
+        )
+
+
+def test_an_original_is_loaded_and_pinned(original: Any, tmp_path: Path) -> None:
+    path, model = original
+    digest = put(path, model)
+    loaded = zoo.load_pretrained("mdeq_tiny.theirs", solver="Broyden")
+    assert same(state(loaded), state(model))
+    beside = path.with_name("MDEQ_Tiny.pkl.sha256")
+    assert beside.read_text() == f"{digest}  MDEQ_Tiny.pkl\n"
+    with pytest.warns(zoo.ReinitializedWarning, match="was trained for 10 classes, and 3 were asked for"):
+        assert len(zoo.load_pretrained("mdeq_tiny.theirs", num_classes=3).state_dict()["head.classifier.weight"]) == 3
+    put(path, zoo.create_model("mdeq_tiny", num_classes=10))
+    with pytest.raises(
+        zoo.WeightsError, match=rf"{beside} says, of its first use, {digest}; nothing was loaded\. Get MD"
+    ):
+        zoo.load_pretrained("mdeq_tiny.theirs")
+
+
+def test_an_original_of_a_recorded_sha256(original: Any) -> None:
+    path, model = original
+    digest = put(path, model)
+    (record,) = zoo.list_weights()
+    records.save_record(dataclasses.replace(record, sha256=digest))
+    zoo.load_pretrained("mdeq_tiny.theirs")
+    records.save_record(dataclasses.replace(record, sha256="0" * 64))
+    with pytest.raises(zoo.WeightsError, match=f"its record says {'0' * 64}; nothing was loaded"):
+        zoo.load_pretrained("mdeq_tiny.theirs")
+
+
+def test_an_original_of_another_model(original: Any) -> None:
+    """And then it is not pinned."""
+    path, _ = original
+    put(path, zoo.create_model("mdeq", channels=(8, 16), stem_stride=1, head_widths=(2, 2), final_width=5, expansion=2))
+    with pytest.raises(zoo.WeightsError, match=r"is of a model mdeq, and mdeq_tiny\.theirs are weights of mdeq_tiny"):
+        zoo.load_pretrained("mdeq_tiny.theirs")
+    assert not path.with_name("MDEQ_Tiny.pkl.sha256").exists()
 
 
 # --------------------------------------------------------------------------------------------- the weights that ship
