@@ -135,7 +135,11 @@ def load_pretrained(
         spec, state = _read(found, averaged=averaged)
     if overrides and found.record is None:
         _refuse_misfits(_without_memory(spec, {}, name), state, [], name, {})  # what it says of itself, first
-    model = _without_memory(spec, overrides, name)
+    if found.record is not None and found.record.source != ORIGINAL:
+        # What ships is known to fit into memory, and first use of torch's meta device takes a second or two.
+        model = create_model(spec.model, **{**spec.arguments, **overrides})
+    else:
+        model = _without_memory(spec, overrides, name)
     fresh = _fresh_keys(model, state, overrides.get("num_classes"))
     _refuse_misfits(model, state, fresh, name, overrides)
     if fresh:
@@ -351,24 +355,23 @@ def _filled(model: nn.Module, state: Mapping[str, Tensor], fresh: list[str]) -> 
     """The model with these tensors, and random ones for the keys that are fresh.
 
     Args:
-        model: without memory.
+        model: with memory or without.
         state: all others.
         fresh: keys of the model.
     """
-    shapes = model.state_dict()
-    if fresh or not _is_all_in_its_state(model):
+    expected = model.state_dict()
+    if all(value.is_meta for value in expected.values()):
+        if not fresh and _is_all_in_its_state(model):
+            # Nothing is drawn that is overwritten: a model takes no more memory than its file.
+            own = {
+                key: torch.empty(x.shape, dtype=x.dtype, device="cpu").copy_(state[key].detach())
+                for key, x in expected.items()
+            }
+            model.load_state_dict(own, assign=True)
+            return model
         spec = spec_of(model)
         model = create_model(spec.model, **spec.arguments)
-        model.load_state_dict({**state, **{key: model.state_dict()[key] for key in fresh}})
-        return model
-    # Nothing is drawn that is overwritten: a model takes no more memory than its file.
-    model.load_state_dict(
-        {
-            key: torch.empty(x.shape, dtype=x.dtype, device="cpu").copy_(state[key].detach())
-            for key, x in shapes.items()
-        },
-        assign=True,
-    )
+    model.load_state_dict({**state, **{key: model.state_dict()[key] for key in fresh}})
     return model
 
 
