@@ -115,6 +115,20 @@ def test_a_map_that_is_not_finite_from_the_start_is_told_as_infinite() -> None:
     assert torch.equal(z, torch.zeros_like(z))
 
 
+def test_f_is_not_shown_a_sample_that_failed_before() -> None:
+    seen = []
+
+    def f(z: Tensor) -> Tensor:
+        seen.append(z)
+        return torch.cat([z[:1] / 0, 0.5 * z[1:] + 1])
+
+    solver = FixedPointIteration(check_every=1)
+    _, report = solve(f, torch.ones(2, 3, dtype=torch.float64), solver)
+    assert report.converged.tolist() == [False, True]
+    assert all(torch.equal(z[0], seen[0][0]) for z in seen)
+    assert len(seen) == report.steps[1] + 1
+
+
 def test_an_unrolled_cell_is_judged_as_unroll_does() -> None:
     cell, z0, inputs = PROBLEMS["tanh"](3)
     for steps in (1, 4, 60):

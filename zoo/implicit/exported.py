@@ -97,7 +97,7 @@ def solve(f: Callable[[Tensor], Tensor], z0: Tensor, solver: Solver) -> tuple[Te
         steps: Tensor,
         *memory: Tensor,
     ) -> tuple[Tensor, ...]:
-        z = torch.where(failed.unsqueeze(1), best, z)  # f may refuse what is not finite
+        z = torch.where(failed.unsqueeze(1), best, z)  # operators may do anything with the rest
         fz = f(z)
         distance, found = _residual(z, fz, solver, None)
         looks = (k == 0) | (k == solver.max_steps) | ((k + 1) % steps_in_graph.every == 0)
