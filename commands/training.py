@@ -24,7 +24,7 @@ import yaml
 from jsonargparse import _typehints
 from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import ModelCheckpoint
+from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info
 from rich.console import Console
@@ -208,6 +208,9 @@ class ZooCLI(LightningCLI):
             return
         metrics: dict[str, float] = {}
         if self._get(self.config, "test_after_fit"):
+            # One that averages weights would put those of the last step in place of the checkpoint's averages.
+            callbacks = self.trainer.callbacks  # type: ignore[attr-defined]
+            self.trainer.callbacks = [c for c in callbacks if not isinstance(c, WeightAveraging)]  # type: ignore[attr-defined]
             metrics = dict(
                 *self.trainer.test(datamodule=self.datamodule, ckpt_path=best, verbose=False, weights_only=True)
             )

@@ -248,5 +248,7 @@ def test_every_written_command_is_understood(
         typed[typed.index("--ckpt_path") + 1] = fitted.best
     printed = printed_config(capsys, *typed)
     for option in (word for word in typed if word.startswith("--model.") and "=" not in word):
-        value = typed[typed.index(option) + 1]
-        assert value in printed or str(float(value)) in printed
+        typed_value = typed[typed.index(option) + 1]
+        given = yaml.safe_load(typed_value)
+        for value in given if isinstance(given, list) else [typed_value]:
+            assert value in printed or str(float(value)) in printed

@@ -168,6 +168,15 @@ def test_averaged_weights_are_tested(averaged: Fitted, tmp_path: Path, monkeypat
         assert same(dict(module.model.state_dict()), dict(model.state_dict()))
 
 
+def test_the_test_that_ends_a_fit_is_of_the_averages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As ``test --ckpt_path`` of the same file is: Lightning's callback would put the raw weights back."""
+    monkeypatch.chdir(tmp_path)
+    fitted = fit("-c", DIGITS, *TINY, *EMA)
+    at_the_end = metrics(fitted.cli)["test/loss"]
+    assert same(dict(fitted.cli.model.state_dict()), weights(fitted.best))
+    assert at_the_end == metrics(main("test", "--ckpt_path", fitted.best, *QUIET))["test/loss"]
+
+
 def _arguments(start: str, path: str) -> dict[str, Any]:
     made_of = dict(zoo.spec_of(zoo.load_pretrained(path)).arguments)
     sizes = {key: made_of[key] for key in ("in_features", "width", "contraction", "mean", "std")}
