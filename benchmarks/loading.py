@@ -41,7 +41,7 @@ class Plan:
     """
 
     names: Sequence[str] | None = None
-    rounds: int = 9
+    rounds: int = 7
 
 
 QUICK = Plan(names=("tanh_deq.digits",), rounds=1)
