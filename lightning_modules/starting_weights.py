@@ -9,8 +9,9 @@ from torch import Tensor, nn
 import zoo
 from zoo.originals.common import problems
 from zoo.pickles import is_pickle
+from zoo.reading import state_of_checkpoint
 from zoo.weight_files import read_weights
-from zoo.weights import is_source, state_of_checkpoint
+from zoo.weights import is_source
 
 from .checkpoints import CheckpointError, load_content
 

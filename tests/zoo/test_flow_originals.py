@@ -390,7 +390,7 @@ def test_weights_are_fetched_once(
         torch.save(raft.state_dict(), path)
 
     monkeypatch.setattr(torch.hub, "download_url_to_file", download)
-    monkeypatch.setattr(zoo.weights, "sha256_of", lambda data: "1bb1363a" + hashlib.sha256(data).hexdigest()[8:])
+    monkeypatch.setattr("zoo.originals.raft.sha256_of", lambda data: "1bb1363a" + hashlib.sha256(data).hexdigest()[8:])
     warnings.simplefilter("always")
     solver = Anderson(tol=1e-4)
     models = [zoo.load_pretrained(NAME), zoo.load_pretrained(NAME, solver=solver)]
