@@ -13,6 +13,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from .values import unmatched
+
 NARROW = 140  # columns of a terminal below which a table would fold every cell
 NAMES = {"name", "parameters", "weights"}  # columns that are never folded
 
@@ -41,15 +43,19 @@ def run(args: argparse.Namespace) -> None:
 def _list_weights(args: argparse.Namespace) -> None:
     import zoo
     from zoo.cards import main_figures
-    from zoo.implicit.choices import nearest
 
     records = sorted(
         zoo.list_weights(args.pattern, source=args.source), key=lambda record: (record.source != "shipped", record.name)
     )
-    ported = [] if args.json or args.source else fnmatch.filter(_torchvision(), args.pattern)
+    recorded_only = [f"--{key}" for key in ("json", "source") if getattr(args, key)]
+    ported = [] if records and recorded_only else fnmatch.filter(_torchvision(), args.pattern)
+    if ported and recorded_only:
+        raise ValueError(
+            f"the weights that match {args.pattern!r} are torchvision's, without a record: leave out "
+            f"{' and '.join(recorded_only)}"
+        )
     if not (records or ported):
-        known = [record.name for record in zoo.list_weights(source=args.source)]
-        raise ValueError(f"no weights match {args.pattern!r}.{nearest(args.pattern, known)}")
+        raise unmatched(args.pattern, args.source)
     if args.json:
         print(json.dumps([dataclasses.asdict(record) for record in records], indent=2))
         return
@@ -84,7 +90,8 @@ def _list_models(args: argparse.Namespace) -> None:
 
     names = zoo.list_models(args.pattern)
     if not names:
-        raise ValueError(f"no models match {args.pattern!r}.{nearest(args.pattern, zoo.list_models())}")
+        known, listing = zoo.list_models(), "zoo.list_models(), or cli.py list --models,"
+        raise ValueError(f"no models match {args.pattern!r}.{nearest(args.pattern, known, listing)}")
     models: list[dict[str, Any]] = []
     for name in names:
         with torch.device("meta"):  # to count parameters, without memory for them

@@ -1,12 +1,28 @@
-"""Values that are typed as YAML: ``stem_stride=2``, ``solver={class_path: Broyden, init_args: {tol: 1e-4}}``."""
+"""What is typed: patterns of names, paths, and values as YAML, like ``solver={class_path: Broyden}``."""
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from typing import Any
 
 import yaml
+
+
+def unmatched(pattern: str, source: str | None) -> ValueError:
+    """The error of a pattern that matches no weights, or none of a source; it names what is near."""
+    from zoo.records import list_weights, nearest_weights
+
+    if others := list_weights(pattern):
+        there = f"{others[0].name} is {others[0].source}"
+        return ValueError(f"{len(others)} weights match {pattern!r}, and none of them is {source}: {there}")
+    return ValueError(f"no weights match {pattern!r}.{nearest_weights(pattern, source)}")
+
+
+def expanded(text: str) -> str:
+    """A path whose ``~`` is the user's home, also where the shell leaves it, as in ``--out=~/table``."""
+    return os.path.expanduser(text)
 
 
 class _Loader(yaml.SafeLoader):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fnmatch
 import json
+import re
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -81,7 +82,12 @@ def list_weights(pattern: str = "*", source: str | None = None) -> list[WeightsR
     """The records of all weights whose name matches ``pattern`` (shell wildcards), sorted by name.
 
     With ``source``, those that are ``"shipped"``, or ``"original"``.
+
+    Raises:
+        ValueError: ``source`` is neither.
     """
+    if source not in {None, SHIPPED, ORIGINAL}:
+        raise ValueError(f"unknown source {source!r}.{nearest(str(source), [SHIPPED, ORIGINAL])}")
     records = all_records()
     found = (records[name] for name in sorted(fnmatch.filter(records, pattern)))
     return [record for record in found if source in (None, record.source)]
@@ -95,8 +101,14 @@ def find_record(name: str) -> WeightsRecord:
     """
     records = all_records()
     if name not in records:
-        raise ValueError(f"unknown weights {name!r}.{nearest(name, sorted(records))}")
+        raise ValueError(f"unknown weights {name!r}.{nearest_weights(name)}")
     return records[name]
+
+
+def nearest_weights(given: str, source: str | None = None) -> str:
+    """`` Did you mean ...?`` for an error message about a name, and how to see all names."""
+    names = [record.name for record in list_weights(source=source)]
+    return nearest(re.sub(r"[*?]", "", given), names, "zoo.list_weights(), or cli.py list,")
 
 
 def save_record(record: WeightsRecord) -> Path:

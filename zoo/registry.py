@@ -63,6 +63,21 @@ def _is_of(builder: Callable[..., nn.Module], kind: type[nn.Module]) -> bool:
     return isinstance(builder, type) and issubclass(builder, kind)
 
 
+def builder_of(name: str) -> Callable[..., nn.Module]:
+    """What a name was registered with: the class or function whose documentation and arguments are the model's.
+
+    Raises:
+        ValueError: unknown name; the message names the nearest valid one.
+    """
+    return _entry(name).builder
+
+
+def _entry(name: str) -> _Entry:
+    if name not in _MODELS:
+        raise ValueError(f"unknown model {name!r}.{nearest(name, list_models(), 'zoo.list_models()')}")
+    return _MODELS[name]
+
+
 def create_model(name: str, **arguments: Any) -> nn.Module:
     """A model with random weights.
 
@@ -78,9 +93,7 @@ def create_model(name: str, **arguments: Any) -> nn.Module:
         ValueError: unknown name or argument; the message names the nearest valid one.
         TypeError: an argument of another type than the constructor declares.
     """
-    if name not in _MODELS:
-        raise ValueError(f"unknown model {name!r}.{nearest(name, list_models())}")
-    entry = _MODELS[name]
+    entry = _entry(name)
     parameters = inspect.signature(entry.builder, eval_str=True).parameters
     valid = list(parameters)
     for key in arguments:

@@ -64,6 +64,11 @@ def test_torchvisions_names_are_matched_too(capsys: pytest.CaptureFixture[str]) 
     assert names == ["torchvision:Raft_Large_Weights.C_T_SKHT_K_V2"]
 
 
+def test_a_source_that_there_is_not() -> None:
+    with pytest.raises(ValueError, match=r"^unknown source 'orginal'. Did you mean 'original'"):
+        zoo.list_weights(source="orginal")
+
+
 def test_models(capsys: pytest.CaptureFixture[str]) -> None:
     rows = listed(capsys, "--models").splitlines()
     assert [row.split()[0] for row in rows[1:-2]] == zoo.list_models()
@@ -93,10 +98,15 @@ def test_no_name_is_folded_in_a_terminal(
 
 
 REFUSED = {
-    "tanh_deq.digit": "no weights match 'tanh_deq.digit'. Did you mean 'tanh_deq.digits'? Known: deq_flow_base",
+    "tanh_deq.digit": "no weights match 'tanh_deq.digit'. Did you mean 'tanh_deq.digits' or 'mdeq_nano.digits'? "
+    f"zoo.list_weights(), or cli.py list, lists all {len(SHIPPED + ORIGINAL)}.",
     "mdeq_nono* --source shipped": "no weights match 'mdeq_nono*'. Did you mean 'mdeq_nano.digits'? Known: deq_flow_na",
-    "tanh_dec --models": "no models match 'tanh_dec'. Did you mean 'tanh_deq'? Known: deq_flow, ",
-    "nothing* --json": "no weights match 'nothing*'. Known: ",
+    "tanh_dec --models": "no models match 'tanh_dec'. Did you mean 'tanh_deq'? zoo.list_models(), or cli.py list ",
+    "nothing* --json": "no weights match 'nothing*'. zoo.list_weights(), or cli.py list, lists all ",
+    "torchvision* --json": "the weights that match 'torchvision*' are torchvision's, without a record: leave out",
+    "*KITTI* --source shipped": "no weights match '*KITTI*'. Known: deq_flow_nano.synthetic, ",
+    "tanh_deq.digits --source original": "1 weights match 'tanh_deq.digits', and none of them is original: "
+    "tanh_deq.digits is shipped",
     "--models --source shipped": "--source is about weights; leave it out with --models",
     "--source mine": "argument --source: invalid choice: 'mine' (choose from",
     "--jsn": "unknown argument '--jsn'. Did you mean '--json'? Known: --help, --models, --source, --json.",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import sys
 from dataclasses import fields
 from typing import Any
@@ -25,6 +26,7 @@ from zoo.implicit import (
     describe,
     from_description,
 )
+from zoo.implicit.choices import MOST, nearest
 
 positive = st.floats(min_value=0, exclude_min=True, max_value=1e6)
 unit = st.floats(min_value=0, exclude_min=True, max_value=1)
@@ -208,3 +210,12 @@ def test_a_wrong_value_is_named(make: Any, text: str) -> None:
 def test_no_option_is_swallowed(make: Any) -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument"):
         make()
+
+
+def test_of_many_names_those_that_are_near_are_shown_if_there_is_a_listing() -> None:
+    many = [f"name_{n:02}" for n in range(MOST)]
+    assert nearest("name_0", many, "names()").endswith(f" Known: {', '.join(many)}.")
+    assert nearest("other", [*many, "x"]).endswith("name_11, x.")
+    told = nearest("name_0", [*many, "x"], "names()")
+    assert re.fullmatch(r" Did you mean ('name_\d\d'( or )?){3}\? names\(\) lists all 13\.", told)
+    assert nearest("y", [*many, "x"], "names()") == " names() lists all 13."

@@ -85,8 +85,8 @@ def test_a_name_is_registered_once() -> None:
 @pytest.mark.parametrize(
     ("name", "arguments", "message"),
     [
-        ("tanh_dec", {}, "unknown model 'tanh_dec'. Did you mean 'tanh_deq'? Known: deq_flow, deq_flow_base, "),
-        ("perceptron", {}, "unknown model 'perceptron'. Known: deq_flow, deq_flow_base, "),
+        ("tanh_dec", {}, "unknown model 'tanh_dec'. Did you mean 'tanh_deq'? zoo.list_models() lists all "),
+        ("perceptron", {}, "unknown model 'perceptron'. zoo.list_models() lists all "),
         ("tanh_deq", {"widht": 3}, "model 'tanh_deq' has no argument 'widht'. Did you mean 'width'? Known: in"),
         ("tanh_deq", {"solver": "Andersn"}, "unknown solver 'Andersn'. Did you mean 'Anderson'?"),
         ("tanh_deq", {"gradient": "Newton"}, "unknown gradient 'Newton'. Known: ImplicitGradient,"),
@@ -213,3 +213,9 @@ def test_random_weights_are_random_and_seeded() -> None:
     assert not torch.equal(first.classifier.weight, second.classifier.weight)
     assert torch.equal(first.classifier.weight, third.classifier.weight)
     assert first.training
+
+
+def test_the_builder_of_a_name() -> None:
+    assert registry.builder_of("mdeq_nano") is zoo.MDEQ
+    with pytest.raises(ValueError, match=r"unknown model 'mdeq_nan'. Did you mean 'mdeq_nano'"):
+        registry.builder_of("mdeq_nan")

@@ -14,6 +14,8 @@ from .solvers import Solver
 Choice = TypeVar("Choice", Solver, Gradient)
 Base = TypeVar("Base")
 
+MOST = 12  # names in a message, where there is another way to see them
+
 
 def describe(choice: Solver | Gradient) -> dict[str, Any]:
     """``Anderson(tol=1e-3)`` -> ``{"class_path": "zoo.implicit.Anderson", "init_args": {"tol": 1e-3, ...}}``."""
@@ -66,11 +68,19 @@ def from_description(description: str | Mapping[str, Any] | Choice, kind: type[C
     return cls(**arguments)
 
 
-def nearest(given: str, valid: list[str]) -> str:
-    """`` Did you mean ...? Known: ...`` for an error message."""
-    close = difflib.get_close_matches(given, valid, n=1)
-    hint = f" Did you mean {close[0]!r}?" if close else ""
-    return f"{hint} Known: {', '.join(valid) if valid else 'none'}."
+def nearest(given: str, valid: list[str], listing: str | None = None) -> str:
+    """`` Did you mean ...? Known: ...`` for an error message.
+
+    Of more than ``MOST`` names only the close ones are shown, if there is a ``listing``: a call or a command that lists
+    them all.
+    """
+    if listing is not None and len(valid) > MOST:
+        close = difflib.get_close_matches(given, valid, n=3)
+        rest = f" {listing} lists all {len(valid)}."
+    else:
+        close = difflib.get_close_matches(given, valid, n=1)
+        rest = f" Known: {', '.join(valid) if valid else 'none'}."
+    return (f" Did you mean {' or '.join(map(repr, close))}?" if close else "") + rest
 
 
 def _path(cls: type) -> str:
