@@ -154,7 +154,7 @@ class ZooCLI(LightningCLI):
         """Parse, with the checkpoint's own model and data as the defaults of what is not given."""
         path = _ckpt_path(args)
         if _is_a_file(path) and args[0] in SUBCOMMANDS:
-            self.checkpoint = read_checkpoint(path)
+            self.checkpoint = read_checkpoint(path, _typed(args))
             with tempfile.TemporaryDirectory() as folder:
                 defaults = Path(folder, "checkpoint.yaml")
                 defaults.write_text(yaml.safe_dump(self.checkpoint["made_by"]), encoding="utf-8")
@@ -168,7 +168,7 @@ class ZooCLI(LightningCLI):
                 newest = sorted(Path("runs").rglob("*.ckpt"), key=lambda file: file.stat().st_mtime)[-3:]
                 there = f"the newest are {', '.join(map(str, newest))}" if newest else "there is none under runs"
                 raise UsageError(f"--ckpt_path takes a file, since every run has a folder of its own; {there}")
-            self.checkpoint = read_checkpoint(path) if _is_a_file(path) else None
+            self.checkpoint = read_checkpoint(path, _typed(args)) if _is_a_file(path) else None
         if self.checkpoint is not None:
             self._say_what_replaces(self.checkpoint, self.config.subcommand)
 
@@ -256,6 +256,18 @@ def _ckpt_path(args: Sequence[str]) -> str | None:
     joined = [f"{a}={b}" if a == "--ckpt_path" else a for a, b in itertools.pairwise([*args, ""])]
     values = [arg.partition("=")[2] for arg in joined if arg.startswith("--ckpt_path=")]
     return values[-1] if values else None
+
+
+def _typed(args: Sequence[str]) -> str:
+    """What the user typed, with the text of the configurations."""
+    files = (Path(arg.partition("=")[2] if arg.startswith("--") else arg) for arg in args)
+    return "\n".join(
+        (*args, *(file.read_text(encoding="utf-8", errors="replace") for file in files if _is_a_configuration(file)))
+    )
+
+
+def _is_a_configuration(file: Path) -> bool:
+    return file.suffix in {".yaml", ".yml", ".json"} and file.is_file()
 
 
 def _is_a_file(ckpt_path: str | None) -> TypeGuard[str]:

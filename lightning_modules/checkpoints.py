@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import re
+import sys
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -16,11 +19,19 @@ class CheckpointError(RuntimeError):
     """A checkpoint is missing, damaged, not the zoo's, or of another model."""
 
 
-def read_checkpoint(path: str) -> dict[str, Any]:
+STARTS = ("pretrained", "backbone", "weights_from")
+"""What weights a run may start from; none of them is needed once there is a checkpoint."""
+
+
+def read_checkpoint(path: str, typed: str = "") -> dict[str, Any]:
     """A checkpoint that the zoo wrote, every byte of it checked.
+
+    A class that it names is one that has been imported already, or one that the user names too: to import a module is
+    to run it. What the run started from is left out, since all weights are in the checkpoint.
 
     Args:
         path: a local ``.ckpt`` file.
+        typed: what the user typed, in which a class of his own may be named.
 
     Returns:
         ``made_by``: the configuration of the ``model`` (and, where known, the ``data``) that made it, as
@@ -37,7 +48,7 @@ def read_checkpoint(path: str) -> dict[str, Any]:
     file = Path(path)
     if not file.is_file():
         folder = file if file.is_dir() else file.parent
-        near = sorted(map(str, folder.glob("*.ckpt")))
+        near = sorted(map(str, (*folder.glob("*.ckpt"), *folder.glob("checkpoints/*.ckpt"))))
         there = f"in that folder there are: {', '.join(near)}" if near else "there is no checkpoint in that folder"
         raise CheckpointError(f"no checkpoint at {path}; {there}")
     content = load_content(file)
@@ -48,12 +59,50 @@ def read_checkpoint(path: str) -> dict[str, Any]:
             f"{'state_dict' if not isinstance(state, dict) else 'deq_zoo_classes'}; "
             f"it holds {', '.join(sorted(map(str, content)))}"
         )
-    made_by = {"model": {"class_path": classes["model"], "init_args": dict(content.get("hyper_parameters", {}))}}
+    hyper_parameters = {k: v for k, v in content.get("hyper_parameters", {}).items() if k not in STARTS}
+    made_by = {"model": {"class_path": classes["model"], "init_args": hyper_parameters}}
     if "data" in classes:
         data = {k: v for k, v in content.get("datamodule_hyper_parameters", {}).items() if not k.startswith("_")}
         made_by["data"] = {"class_path": classes["data"], "init_args": data}
+    for part, of_this_kind in (("model", pl.LightningModule), ("data", pl.LightningDataModule)):
+        if part in made_by and not (_is_imported(made_by[part], of_this_kind) or _is_named(made_by[part], typed)):
+            raise CheckpointError(
+                f"{path} asks for {part} {made_by[part]['class_path']!r}, which is no {of_this_kind.__name__} of this "
+                "zoo, and to import it would run it; nothing was loaded. If it is yours, and you trust this file, "
+                f"name it: --{part} {made_by[part]['class_path']}"
+            )
+        for class_path in _class_paths(made_by.get(part, {}).get("init_args")):
+            if not re.fullmatch(r"zoo\.implicit\.\w+", class_path):
+                raise CheckpointError(
+                    f"{path} asks for {class_path!r} among the arguments of its {part}, where only solvers and "
+                    "gradients of zoo.implicit can stand; nothing was loaded"
+                )
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
     return {"path": path, "made_by": made_by, "shapes": shapes}
+
+
+def _is_imported(choice: Mapping[str, Any], kind: type) -> bool:
+    """Whether the class of a configuration is there without importing anything, and of this kind."""
+    module, _, name = str(choice["class_path"]).rpartition(".")
+    found = getattr(sys.modules.get(module), name, None)
+    return isinstance(found, type) and issubclass(found, kind)
+
+
+def _is_named(choice: Mapping[str, Any], typed: str) -> bool:
+    """Whether the user names this class."""
+    return re.search(rf"(?<![\w.]){re.escape(str(choice['class_path']))}(?![\w.])", typed) is not None
+
+
+def _class_paths(value: Any) -> Iterator[str]:
+    """All classes that a configuration names, however deep."""
+    if isinstance(value, Mapping):
+        for key, item in value.items():
+            if key == "class_path":
+                yield str(item)
+            yield from _class_paths(item)
+    elif isinstance(value, list | tuple):
+        for item in value:
+            yield from _class_paths(item)
 
 
 def check_fits(checkpoint: dict[str, Any], module: pl.LightningModule) -> None:
