@@ -2,20 +2,36 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import threading
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from .errors import WeightsError
 from .registry import ModelSpec, create_model, spec_of
 
+_REGISTERED, _SPARE = 4, 100  # a parameter is registered up to three times on its way to one that is normalised
 
-def without_memory(spec: ModelSpec, overrides: Mapping[str, Any], where: str) -> nn.Module:
-    """The model, its tensors without memory: a file of a few bytes can ask for one that no machine has room for."""
+
+def without_memory(spec: ModelSpec, overrides: Mapping[str, Any], state: Mapping[str, Tensor], where: str) -> nn.Module:
+    """The model, its tensors without memory: a file of a few bytes can ask for one that no machine has room for.
+
+    Args:
+        spec: which the file names.
+        overrides: arguments that the user changes.
+        state: the tensors of the file.
+        where: they come from, for messages.
+
+    Raises:
+        WeightsError: the model of the file cannot be made, or has many more tensors than the file.
+        Exception: what the constructor raises, if there are overrides.
+    """
     try:
-        with torch.device("meta"):
+        with torch.device("meta"), _at_most(_SPARE + _REGISTERED * len(state)):
             return create_model(spec.model, **{**spec.arguments, **overrides})
     except Exception as error:
         if overrides:
@@ -24,6 +40,25 @@ def without_memory(spec: ModelSpec, overrides: Mapping[str, Any], where: str) ->
             f"{where} names a model {spec.model!r} that cannot be made here: {_first_line(error)}; nothing was loaded. "
             "It needs a zoo that has this model"
         ) from None
+
+
+@contextmanager
+def _at_most(count: int) -> Iterator[None]:
+    """Let a model be made that has no more parameters than so many; one of 10^12 layers would be made for ever."""
+    registered = 0
+    thread = threading.get_ident()
+
+    def count_one(_module: nn.Module, _name: str, _parameter: nn.Parameter) -> None:
+        nonlocal registered
+        registered += threading.get_ident() == thread
+        if registered > count:
+            raise WeightsError(f"it has more than {count} parameters, and the file has no tensors for them")
+
+    hook = register_module_parameter_registration_hook(count_one)
+    try:
+        yield
+    finally:
+        hook.remove()
 
 
 def keys_of_other_classes(model: nn.Module, state: Mapping[str, Tensor], num_classes: int | None) -> list[str]:

@@ -12,7 +12,7 @@ from urllib.parse import urlsplit
 from urllib.request import url2pathname
 
 from . import cache
-from .blobs import checked_sha256
+from .blobs import checked_sha256, shown
 from .errors import WeightsError
 from .implicit.choices import nearest
 from .records import ORIGINAL, WeightsRecord, all_records
@@ -27,6 +27,7 @@ TORCHVISION = "torchvision:"
 
 _FILE = "file:"
 _SCHEME = re.compile(r"[A-Za-z][\w+.-]+:")
+_KINDS = ["https:", "http:", "hf:", "wandb:", _FILE, TORCHVISION]
 _SUFFIXES = {".safetensors", ".ckpt", ".pth", ".pt", ".pkl", ".tar", ".bin"}
 _IN_FOLDERS = ("model.safetensors", "checkpoints/best.ckpt", "best.ckpt")  # of save_pretrained, and of a run
 
@@ -44,7 +45,7 @@ class Found:
     """A source as a local file.
 
     Attributes:
-        where: how the user called it.
+        where: how the user called it, without what may be secret.
         path: which is read.
         record: of the weights, if they have one.
         pins: what the file's sha256 has to be.
@@ -77,13 +78,28 @@ def is_source(source: str) -> bool:
 
 
 def find(source: str, cache_dir: str | os.PathLike[str] | None, offline: bool | None, sha256: str | None) -> Found:
+    """The local file of a source, fetched if it has to be.
+
+    Args:
+        source: what :func:`zoo.load_pretrained` takes, but for ``torchvision:``.
+        cache_dir: see there.
+        offline: see there.
+        sha256: see there.
+
+    Raises:
+        ValueError: unknown name or kind of source.
+        WeightsError: there is no such file, or it cannot be fetched.
+    """
+    if source in ("", _FILE, f"{_FILE}//"):  # as a path, the current folder
+        raise ValueError(f"load_pretrained takes {SOURCES}; given: {source!r}")
+    where = shown(source)
     pins = []
     if sha256 is not None:
-        pins.append(Pin(checked_sha256(sha256), "and it was asked for", f"Look where {source} comes from"))
+        pins.append(Pin(checked_sha256(sha256), "and it was asked for", f"Look where {where} comes from"))
     record = all_records().get(source)
     if record is None and is_remote(source):
         path = fetch(source, cache_dir=cache_dir, offline=offline, sha256=sha256)
-        return Found(source, path, None, tuple(pins))
+        return Found(where, path, None, tuple(pins))
     if record is None:
         path = _local(source)
         record = _record_of(path)
@@ -96,7 +112,7 @@ def find(source: str, cache_dir: str | os.PathLike[str] | None, offline: bool | 
     elif record is not None:
         advice = "Restore the file: git checkout -- checkpoints, or install the package again"
         pins.append(Pin(str(record.sha256), "its record says", advice))
-    return Found(source, path, record, tuple(pins))
+    return Found(where, path, record, tuple(pins))
 
 
 def _local(source: str) -> Path:
@@ -115,7 +131,11 @@ def _local(source: str) -> Path:
         return path
     if source.startswith(_FILE) or (not _SCHEME.match(source) and (path.suffix in _SUFFIXES or os.sep in source)):
         raise WeightsError(f"there is no file {path}{_near(path)}. load_pretrained takes {SOURCES}")
-    raise ValueError(f"unknown weights {source!r}.{nearest(source, sorted(all_records()))} It takes {SOURCES}")
+    if scheme := _SCHEME.match(source):
+        hint = nearest(scheme.group(), _KINDS)
+    else:
+        hint = nearest(source, sorted(all_records()), "zoo.list_weights()")
+    raise ValueError(f"unknown weights {shown(source)!r}.{hint} It takes {SOURCES}")
 
 
 def _path(source: str) -> Path:

@@ -69,6 +69,7 @@ def load_pretrained(
 
         return load_raft(name, cache_dir, offline, sha256, overrides)
     found = find(name, cache_dir, offline, sha256)
+    where = found.where
     if found.record is not None and found.record.source == ORIGINAL:
         from .originals.recorded import read_recorded
 
@@ -76,17 +77,17 @@ def load_pretrained(
     else:
         spec, state = read(found, averaged=averaged)
     if overrides and found.record is None:
-        refuse_misfits(without_memory(spec, {}, name), state, [], name, {})  # what it says of itself, first
+        refuse_misfits(without_memory(spec, {}, state, where), state, [], where, {})  # what it says of itself, first
     if found.record is not None and found.record.source != ORIGINAL:
         # What ships is known to fit into memory, and first use of torch's meta device takes a second or two.
         model = create_model(spec.model, **{**spec.arguments, **overrides})
     else:
-        model = without_memory(spec, overrides, name)
+        model = without_memory(spec, overrides, state, where)
     fresh = keys_of_other_classes(model, state, overrides.get("num_classes"))
-    refuse_misfits(model, state, fresh, name, overrides)
+    refuse_misfits(model, state, fresh, where, overrides)
     if fresh:
         warnings.warn(
-            f"{name} was trained for {len(state[fresh[0]])} classes, and {overrides['num_classes']} were asked for: "
+            f"{where} was trained for {len(state[fresh[0]])} classes, and {overrides['num_classes']} were asked for: "
             f"{', '.join(fresh)} start at random",
             ReinitializedWarning,
             stacklevel=2,

@@ -19,6 +19,7 @@ import yaml
 
 import zoo
 from tests.command_line import DIGITS, ROOT, Fitted, same
+from tests.servers import Reply, serving
 from tests.toy_weights import publish
 from zoo import cards, records, weight_files
 from zoo.implicit import Gradient, Newton, PhantomGradient, Solver, from_description
@@ -343,13 +344,73 @@ def test_mistyped_paths(source: str, told: str, tmp_path: Path, monkeypatch: pyt
 
 
 @pytest.mark.usefixtures("weights_folder")
-@pytest.mark.parametrize("source", ["s3://bucket/mine.safetensors", "torchvison:Raft_Large_Weights.C_T_V2", "tanh_deq"])
-def test_unknown_kinds_of_source(source: str) -> None:
+@pytest.mark.parametrize(
+    ("source", "told"),
+    [
+        ("tanh_deq", "Did you mean 'tanh_deq.toy'? Known: tanh_deq.toy."),
+        (
+            "torchvison:Raft_Large_Weights.C_T_V2",
+            "Did you mean 'torchvision:'? Known: https:, http:, hf:, wandb:, file:",
+        ),
+        ("htps://host/mine.safetensors", "Did you mean 'https:'? Known: "),
+        ("s3://bucket/mine.safetensors", "Known: https:, http:, hf:, wandb:, file:, torchvision:."),
+    ],
+)
+def test_unknown_kinds_of_source(source: str, told: str) -> None:
     publish()
-    with pytest.raises(
-        ValueError, match=r"^unknown weights '.*'\. .*It takes a name of zoo\.list_weights\(\), a file, a f"
-    ):
+    with pytest.raises(ValueError, match=r"It takes a name of zoo\.list_weights\(\), a file, a f") as error:
         zoo.load_pretrained(source)
+    assert str(error.value).startswith(f"unknown weights '{source}'. {told}")
+
+
+@pytest.mark.parametrize("source", ["", "file:", "file://"])
+def test_nothing_is_not_the_current_folder(source: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    zoo.save_weights(zoo.create_model("tanh_deq", width=6), "model.safetensors")
+    with pytest.raises(ValueError, match=rf"^load_pretrained takes a name of .*; given: '{source}'$"):
+        zoo.load_pretrained(source)
+    zoo.load_pretrained(Path())
+
+
+def test_no_message_tells_a_query(weights_folder: Path) -> None:
+    """Which may hold a secret."""
+    publish()
+    with serving() as server:
+        server.replies["/a.safetensors"] = Reply((weights_folder / f"{TOY}.safetensors").read_bytes())
+        source = f"{server.url}/a.safetensors?token=SECRET"
+        with pytest.warns(zoo.ReinitializedWarning, match=r"a\.safetensors was trained") as warned:
+            zoo.load_pretrained(source, num_classes=3)
+        assert "SECRET" not in str(warned[0].message)
+        for arguments in ({"width": 8}, {"sha256": "0" * 64}):
+            with pytest.raises(zoo.WeightsError) as error:
+                zoo.load_pretrained(source, **arguments)
+            assert "SECRET" not in str(error.value)
+        server.replies["/a.safetensors"] = Reply(safetensors.torch.save({"a": torch.zeros(2)}))
+        with pytest.raises(zoo.WeightsError) as error:
+            zoo.load_pretrained(f"{source}2")
+        assert "SECRET" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("model", "many", "sizes"),
+    [
+        ("resnet", "blocks", {"widths": [4]}),
+        ("stacked_transformer", "layers", {"d_model": 8, "num_heads": 2, "d_inner": 8}),
+        ("deq_transformer", "layers", {"d_model": 8, "num_heads": 2, "d_inner": 8}),
+    ],
+)
+def test_a_file_cannot_ask_for_any_number_of_layers(
+    model: str, many: str, sizes: dict[str, Any], tmp_path: Path
+) -> None:
+    """However right its digest is: it has no tensors for them."""
+    path = tmp_path / "mine.safetensors"
+    stranger = zoo.create_model(model, **sizes)
+    stranger._zoo_spec = zoo.ModelSpec(model, {**sizes, many: 10**12})  # type: ignore[assignment]
+    zoo.save_weights(stranger, path)
+    with pytest.raises(zoo.WeightsError, match=rf"^{path} names a model '{model}' that cannot be made here: it has mo"):
+        zoo.load_pretrained(path)
+    with pytest.raises(zoo.WeightsError, match="it has more than"):
+        zoo.load_pretrained(path, num_classes=3)
 
 
 # ------------------------------------------------------------------------------------------------------------ originals
