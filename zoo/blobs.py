@@ -115,8 +115,10 @@ def key(source: str) -> str:
 
 
 def shown(source: str) -> str:
-    """A source as messages and notes have it: without a URL's query, which may hold a secret."""
-    return source.partition("?")[0]
+    """A source as messages and notes have it: an address without its query and password, which are secrets."""
+    if not source.lower().startswith(("https:", "http:")):
+        return source
+    return re.sub(r"//[^/]*@", "//...@", source.partition("?")[0])
 
 
 def sha256_of_file(path: Path) -> str:
@@ -131,7 +133,7 @@ def checked_sha256(given: str) -> str:
     Raises:
         ValueError: it is not one.
     """
-    if not _SHA256.fullmatch(given.lower()):
+    if not _SHA256.fullmatch(str(given).lower()):
         raise ValueError(f"a sha256 has 64 hexadecimal digits; given: {given!r}. `sha256sum FILE` prints it")
     return given.lower()
 
@@ -146,6 +148,5 @@ def refuse_other_files(path: Path, source: str) -> None:
     if head.startswith((b"PK\x03\x04", b"\x80\x02", b"\x80\x03", b"\x80\x04", b"\x80\x05")):
         return
     words = " ".join(head.decode("utf-8", "replace").split())[:80]
-    raise WeightsError(
-        f"{shown(source)} gave no weights file (safetensors, or one of torch.save): it begins with {words!r}"
-    )
+    what = f"it begins with {words!r}" if head else "it is empty"
+    raise WeightsError(f"{shown(source)} gave no weights file (safetensors, or one of torch.save): {what}")

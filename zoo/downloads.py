@@ -121,19 +121,29 @@ def _transfer(url: str, opener: urllib.request.OpenerDirector, part: _Part, *, m
             raise WeightsError(
                 f"{shown(url)} comes without its length, so that an end cannot be told from a cut; give sha256="
             )
-        free = shutil.disk_usage(part.path.parent).free
-        if (total or 0) - part.size + _SPARE > free:
-            raise WeightsError(
-                f"{shown(url)} has {total:,} bytes, and {part.path.parent} has {free:,} free; "
-                "make room, or choose another cache with cache_dir= or DEQ_ZOO_CACHE"
-            )
+        _require_room(url, part, total)
         part.version = version or part.version
         with _bar(PurePosixPath(urlsplit(url).path).name, total, part.size) as advance, part.writing() as write:
             while piece := _read(response):
+                _require_room(url, part, total, len(piece))
                 write(piece)
                 advance(len(piece))
         if total is not None and part.size != total:
             raise _CutError(f"{part.size:,} of {total:,} bytes came")
+
+
+def _require_room(url: str, part: _Part, total: int | None, coming: int = 0) -> None:
+    """Raise WeightsError where a file of ``total`` bytes, or else the ``coming`` ones, would fill the disk."""
+    free = shutil.disk_usage(part.path.parent).free
+    if (coming if total is None else total - part.size) + _SPARE <= free:
+        return
+    if total is None:
+        part.version = ""  # a file without end is not to be gone on with
+    has = f"{total:,}" if total is not None else f"more than {part.size:,}"
+    raise WeightsError(
+        f"{shown(url)} has {has} bytes, and {part.path.parent} has {free:,} free; "
+        "make room, or choose another cache with cache_dir= or DEQ_ZOO_CACHE"
+    )
 
 
 class _Part:
@@ -177,7 +187,10 @@ class _Part:
 
     @contextmanager
     def writing(self) -> Iterator[Callable[[bytes], None]]:
-        """A function that appends bytes; however it ends, it is noted how far the file has come."""
+        """A function that appends bytes; however it ends, it is noted how far the file has come.
+
+        Where that cannot be gone on with, nothing is left of it.
+        """
         with self.path.open("ab") as file:
 
             def write(piece: bytes) -> None:
@@ -190,6 +203,10 @@ class _Part:
 
             try:
                 yield write
+            except BaseException:
+                if not self.version:
+                    self.clear()
+                raise
             finally:
                 file.flush()
                 self._note()
@@ -252,8 +269,10 @@ def _open(
     except urllib.error.URLError as error:
         reason = error.reason
         if isinstance(reason, socket.gaierror):
+            *_, last = (request.full_url, *getattr(request, "redirect_dict", ()))  # urllib's, of where it was sent
+            host = urlsplit(last).hostname
             raise WeightsError(
-                f"{url} cannot be fetched: no address of {request.host} is known; is there a network? ({reason})"
+                f"{url} cannot be fetched: no address of {host} is known; is there a network? ({reason})"
             ) from None
         if isinstance(reason, ssl.SSLError):
             raise WeightsError(f"{url} cannot be fetched: no secure connection to {request.host} ({reason})") from None
@@ -283,6 +302,11 @@ class _Redirects(urllib.request.HTTPRedirectHandler):
             raise WeightsError(
                 f"{shown(req.full_url)} redirects to {shown(newurl)}, which is not followed: only to https: addresses"
             )
+        try:
+            _check_address(newurl, pinned=self.pinned)
+        except ValueError as error:
+            fp.close()
+            raise WeightsError(f"{shown(req.full_url)} redirects where it is not followed: {error}") from None
         return super().redirect_request(req, fp, code, msg, headers, newurl)
 
 

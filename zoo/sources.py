@@ -57,8 +57,11 @@ def fetch(
 
                 return fetch_artifact(rest, blobs, offline=is_offline, sha256=sha256)
     except OSError as error:
-        raise WeightsError(f"{shown(source)} cannot be kept in the cache {blobs.folder}: {error}") from None
-    raise ValueError(f"{source!r} is nothing to be fetched; what is begins with {', '.join(_REMOTE)}")
+        raise WeightsError(
+            f"{shown(source)} cannot be kept in the cache {blobs.folder}: {error}; "
+            f"choose another with cache_dir= or {cache.CACHE_VARIABLE}"
+        ) from None
+    raise ValueError(f"{shown(source)!r} is nothing to be fetched; what is begins with {', '.join(_REMOTE)}")
 
 
 def _pinned(source: str, sha256: str | None) -> tuple[str, str | None]:
@@ -69,6 +72,6 @@ def _pinned(source: str, sha256: str | None) -> tuple[str, str | None]:
             raise ValueError(f"after # stands sha256=<64 hexadecimal digits>; given: {fragment!r}")
         written = checked_sha256(fragment.removeprefix("sha256="))
         if sha256 is not None and checked_sha256(sha256) != written:
-            raise ValueError(f"{source} is pinned twice: to {written} after #, and to {sha256} by sha256=")
+            raise ValueError(f"{shown(source)} is pinned twice: to {written} after #, and to {sha256} by sha256=")
         return source, written
     return source, None if sha256 is None else checked_sha256(sha256)

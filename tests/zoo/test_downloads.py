@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import os
@@ -23,6 +24,7 @@ import zoo
 from tests.command_line import ROOT
 from tests.servers import Reply, Server, serving
 from zoo import downloads
+from zoo.blobs import shown
 from zoo.sources import fetch, is_remote
 
 DATA = (2).to_bytes(8, "little") + b"{}" + random.Random(0).randbytes(600_000)
@@ -289,7 +291,7 @@ def test_two_processes_fetch_a_file_once(server: Server, url: str) -> None:
             "gave no weights file (safetensors, or one of torch.save): it begins with '<!DOCTYPE html> <html>Please",
         ),
         (Reply(b'{"error": "no"}'), "gave no weights file (safetensors, or one of torch.save): it begins with '{"),
-        (Reply(b""), "gave no weights file (safetensors, or one of torch.save): it begins with ''"),
+        (Reply(b""), "gave no weights file (safetensors, or one of torch.save): it is empty"),
         (Reply(DATA, headers={"Content-Length": "700000"}), f"{len(DATA):,} of 700,000 bytes came; tried 3 times."),
         (Reply(DATA, headers={"Content-Length": None}), "comes without its length, so that an end cannot be told"),
         (Reply(DATA, headers={"Content-Encoding": "gzip"}), "is compressed on its way"),
@@ -300,6 +302,7 @@ def test_two_processes_fetch_a_file_once(server: Server, url: str) -> None:
         ),
         (Reply(status=302, headers={"Location": "ftp://127.0.0.1/a"}), "to ftp://127.0.0.1/a, which is not followed"),
         (Reply(status=302, headers={"Location": "http://example.org/a"}), "to http://example.org/a, which is not"),
+        (Reply(status=302, headers={"Location": "https://me:pw@host/a"}), "an address with a password in it is not"),
         (Reply(status=302, headers={"Location": "/a.safetensors"}), "cannot be fetched: the server answers 302"),
     ],
     ids=lambda value: value[-30:] if isinstance(value, str) else "",
@@ -344,6 +347,20 @@ def test_an_unknown_host(monkeypatch: pytest.MonkeyPatch) -> None:
     )
 
 
+def test_an_unknown_host_to_which_another_redirects(server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    def known(host: str, *given: object, **named: object) -> object:
+        if host != "127.0.0.1":
+            raise socket.gaierror(-2, "Name or service not known")
+        return resolve(host, *given, **named)
+
+    resolve = socket.getaddrinfo
+    monkeypatch.setattr(socket, "getaddrinfo", known)
+    for name in ("HTTPS_PROXY", "https_proxy", "ALL_PROXY", "all_proxy"):
+        monkeypatch.delenv(name, raising=False)
+    server.replies["/moved"] = Reply(status=302, headers={"Location": "https://weights.invalid/a"})
+    assert "no address of weights.invalid is known" in refused(f"{server.url}/moved")
+
+
 def test_a_server_without_tls(server: Server) -> None:
     message = refused(server.url.replace("http:", "https:") + "/a.safetensors")
     assert "cannot be fetched: no secure connection to 127.0.0.1:" in message
@@ -355,6 +372,38 @@ def test_a_full_disk(url: str, monkeypatch: pytest.MonkeyPatch, server: Server) 
     message = refused(url)
     assert f"has {len(DATA):,} bytes, and " in message
     assert "has 1,000 free; make room, or choose another cache with cache_dir= or DEQ_ZOO_CACHE" in message
+
+
+@pytest.mark.parametrize("etag", [None, '"v1"'])
+def test_a_file_without_end_does_not_fill_the_disk(
+    url: str, server: Server, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, etag: str | None
+) -> None:
+    usage = namedtuple("usage", "total used free")
+    parts = tmp_path / "cache" / "parts"
+
+    def shrinking(_: object) -> object:
+        return usage(0, 0, downloads._SPARE + 400_000 - sum(path.stat().st_size for path in parts.iterdir()))
+
+    monkeypatch.setattr(shutil, "disk_usage", shrinking)
+    server.replies["/a.safetensors"] = Reply(DATA, etag=etag, headers={"Content-Length": None})
+    message = refused(url, sha256=SHA256)
+    assert re.search(r"has more than [\d,]+ bytes, and .* free; make room, or choose another cache with", message)
+    assert left_over(tmp_path / "cache") == []
+
+
+def test_a_disk_that_is_full_all_the_same(url: str, server: Server, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Others write too. What has no version cannot be gone on with, and makes room."""
+    server.replies["/a.safetensors"].etag = None
+
+    def full(*_: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(downloads, "_require_room", full)
+        message = refused(url)
+    assert message.endswith("No space left on device; choose another with cache_dir= or DEQ_ZOO_CACHE")
+    assert left_over(Path(os.environ["DEQ_ZOO_CACHE"])) == []
+    assert fetch(url).read_bytes() == DATA
 
 
 def test_a_cache_that_cannot_be_written(url: str, tmp_path: Path) -> None:
@@ -382,8 +431,27 @@ def test_mistaken_addresses(source: str, told: str) -> None:
 
 
 def test_a_pin_given_twice() -> None:
-    with pytest.raises(ValueError, match="is pinned twice: to aaaa"):
-        fetch(f"https://host/a#sha256={'a' * 64}", sha256="b" * 64)
+    with pytest.raises(ValueError, match=r"^https://host/a is pinned twice: to aaaa"):
+        fetch(f"https://host/a?token=secret#sha256={'a' * 64}", sha256="b" * 64)
+
+
+def test_a_pin_that_is_no_text() -> None:
+    with pytest.raises(ValueError, match="a sha256 has 64 hexadecimal digits; given: 5"):
+        fetch("https://host/a", sha256=5)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("source", "expected"),
+    [
+        ("https://host/a.ckpt?token=secret", "https://host/a.ckpt"),
+        ("HTTP://me:secret@host/a", "HTTP://...@host/a"),
+        ("https://host/a#sha256=12", "https://host/a#sha256=12"),
+        ("runs/a?b/x@y.ckpt", "runs/a?b/x@y.ckpt"),
+        ("hf:org/name@main", "hf:org/name@main"),
+    ],
+)
+def test_what_is_shown_of_a_source(source: str, expected: str) -> None:
+    assert shown(source) == expected
 
 
 # ------------------------------------------------------------------------------------------------------ pins and damage
