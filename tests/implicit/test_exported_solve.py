@@ -152,24 +152,29 @@ def test_what_has_no_form_as_a_graph_is_refused(solver: Solver) -> None:
 
 
 @settings(deadline=None)
-@given(m=st.integers(1, 30), count=st.integers(0, 30), seed=st.integers(0, 2**16), dtype=st.sampled_from([32, 64]))
-def test_elimination_solves_as_torch_does(m: int, count: int, seed: int, dtype: int) -> None:
+@given(
+    m=st.integers(1, 30),
+    count=st.integers(0, 30),
+    seed=st.integers(0, 2**16),
+    dtype=st.sampled_from([torch.float32, torch.float64]),
+    scale=st.integers(-12, 12),
+)
+def test_elimination_solves_as_torch_does(m: int, count: int, seed: int, dtype: torch.dtype, scale: int) -> None:
     count = min(m, count)
-    real = torch.float32 if dtype == 32 else torch.float64
-    A = torch.randn(3, m, m, dtype=torch.float64, generator=generator(seed))
-    A = A * (torch.arange(m) < count) * (torch.arange(m) < count).unsqueeze(1)
-    A = A + torch.diag((torch.arange(m) >= count).double())
-    b = torch.randn(3, m, dtype=torch.float64, generator=generator(seed + 1)) * (torch.arange(m) < count)
-    x = solve_pivoting(A.to(real), b.to(real), torch.tensor(count))
-    residual = (A @ x.double().unsqueeze(2)).squeeze(2) - b  # backward stable, whatever the condition of A
-    size = torch.linalg.matrix_norm(A) * x.double().norm(dim=1) + b.norm(dim=1)
-    assert (residual.norm(dim=1) <= 1e4 * torch.finfo(real).eps * size).all()
+    some = torch.arange(m) < count
+    A = torch.randn(3, m, m, dtype=torch.float64, generator=generator(seed)) * some * some.unsqueeze(1)
+    b = torch.randn(3, m, dtype=torch.float64, generator=generator(seed + 1)) * some
+    rest = torch.diag((~some).double())
+    x = solve_pivoting((10.0**scale * A + rest).to(dtype), b.to(dtype), torch.tensor(count)).double() * 10.0**scale
+    residual = (A @ x.unsqueeze(2)).squeeze(2) - b  # backward stable, whatever the condition of A
+    size = torch.linalg.matrix_norm(A) * x.norm(dim=1) + b.norm(dim=1)
+    assert (residual.norm(dim=1) <= 1e4 * torch.finfo(dtype).eps * size).all()
 
-    definite = A @ A.mT + 0.1 * torch.eye(m)
-    x, found = solve_definite(definite.to(real), b.to(real), torch.tensor(count))
+    definite = A @ A.mT + rest + 0.1 * torch.eye(m)
+    x, found = solve_definite(definite.to(dtype), b.to(dtype), torch.tensor(count))
     assert found.all()
     torch.testing.assert_close(
-        x.double(), torch.linalg.solve(definite, b), rtol=0.1, atol=2e-3 if dtype == 32 else 1e-9
+        x.double(), torch.linalg.solve(definite, b), rtol=0.1, atol=2e-3 if dtype == torch.float32 else 1e-9
     )
 
 

@@ -26,7 +26,7 @@ def solve_definite(A: Tensor, b: Tensor, count: Tensor) -> tuple[Tensor, Tensor]
         row = rows.index_select(1, j.view(1)).squeeze(1)
         pivot = row.index_select(1, j.view(1)).squeeze(1)
         here = torch.arange(rows.shape[1], device=rows.device) == j
-        return j + 1, _eliminated(rows, row, j, here.to(rows.dtype)), definite & (pivot > 0)
+        return j + 1, _eliminated(rows, row, j, here), definite & (pivot > 0)
 
     start = torch.zeros_like(count), torch.cat([A, b.unsqueeze(2)], dim=2), torch.ones_like(b[:, 0], dtype=torch.bool)
     _, rows, definite = torch.while_loop(goes_on, eliminate, start)
@@ -52,7 +52,7 @@ def solve_pivoting(A: Tensor, b: Tensor, count: Tensor) -> Tensor:
         largest = torch.where(free, column.abs(), -1).argmax(dim=1, keepdim=True)
         here = places == largest  # (B, m)
         row = torch.bmm(here.to(rows.dtype).unsqueeze(1), rows).squeeze(1)
-        rows = _eliminated(rows, row, j, here.to(rows.dtype))
+        rows = _eliminated(rows, row, j, here)
         return j + 1, rows, free & ~here, torch.where(places == j, largest, x_row)
 
     m = A.shape[1]
@@ -68,7 +68,14 @@ def solve_pivoting(A: Tensor, b: Tensor, count: Tensor) -> Tensor:
 
 
 def _eliminated(rows: Tensor, pivot: Tensor, j: Tensor, here: Tensor) -> Tensor:
-    """Rows ``(B, m, n)`` with a 1 in column j of the row ``pivot`` ``(B, n)``, whose place is ``here``, else 0."""
-    unit = pivot / pivot.index_select(1, j.view(1))
-    factor = rows.index_select(2, j.view(1)).squeeze(2) - here  # of the pivot's row p - 1: p u - (p - 1) u = u
-    return rows - factor.unsqueeze(2) * unit.unsqueeze(1)
+    """Rows ``(B, m, n)``: that of the pivot with a 1 in column j, the others with a 0.
+
+    Args:
+        rows: of the system.
+        pivot: one of them, ``(B, n)``.
+        j: the column.
+        here: which row it is, a mask that broadcasts to ``(B, m)``.
+    """
+    unit = (pivot / pivot.index_select(1, j.view(1))).unsqueeze(1)
+    others = rows - rows.index_select(2, j.view(1)) * unit
+    return torch.where(here.unsqueeze(-1), unit, others)
