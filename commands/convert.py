@@ -5,10 +5,12 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import sys
+import warnings
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .values import parse_overrides
+from .values import expanded, parse_overrides
 
 if TYPE_CHECKING:
     from torch import nn
@@ -22,7 +24,9 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         help="a file that the original authors published, the name of its record (cli.py list --source original), "
         "or whatever else zoo.load_pretrained takes, like a .ckpt of a run",
     )
-    parser.add_argument("out", metavar="OUT.safetensors", type=Path, help="the file to write, in a folder that exists")
+    parser.add_argument(
+        "out", metavar="OUT.safetensors", type=expanded, help="the file to write, in a folder that exists"
+    )
     parser.add_argument(
         "--override",
         metavar="KEY=VALUE",
@@ -44,13 +48,11 @@ def run(args: argparse.Namespace) -> None:
     import zoo
     from zoo.weight_files import sha256_of
 
-    out: Path = args.out
+    out = Path(args.out)
     _check_target(out, force=args.force)
     overrides = parse_overrides(args.override)
-    is_foreign = Path(args.original).is_file() and Path(args.original).suffix != ".ckpt"
-    load = zoo.load_original if is_foreign else zoo.load_pretrained
     try:
-        model = load(args.original, **overrides)
+        model = _loaded(args.original, overrides)
     except TypeError as error:  # an override of another type than the model's argument
         raise ValueError(str(error)) from error
 
@@ -60,6 +62,8 @@ def run(args: argparse.Namespace) -> None:
         _check_same(model, unfinished)
         digest, size = sha256_of(unfinished.read_bytes()), unfinished.stat().st_size
         unfinished.replace(out)
+    except OSError as error:  # which names the unfinished file, of which the user knows nothing
+        raise ValueError(f"{out} cannot be written: {error.strerror or error}") from error
     finally:
         unfinished.unlink(missing_ok=True)
     spec = zoo.spec_of(model)
@@ -68,6 +72,24 @@ def run(args: argparse.Namespace) -> None:
     print(f"file:       {out}, {size:,} bytes, read back and equal bit by bit")
     print(f"sha256:     {digest}")
     print(f"to load it: zoo.load_pretrained({str(out)!r})")
+
+
+def _loaded(source: str, overrides: dict[str, Any]) -> nn.Module:
+    """The model of weights of the zoo, else of a file of others; warnings are lines without Python's locations."""
+    import zoo
+    from zoo.locating import find
+    from zoo.weights import ForeignWeightsError
+
+    with warnings.catch_warnings():
+        warnings.showwarning = _tell
+        try:
+            return zoo.load_pretrained(source, **overrides)
+        except ForeignWeightsError:
+            return zoo.load_original(find(source, None, None, None).path, **overrides)
+
+
+def _tell(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
 
 
 def _check_target(out: Path, *, force: bool) -> None:

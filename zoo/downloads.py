@@ -269,8 +269,8 @@ def _open(
     except urllib.error.URLError as error:
         reason = error.reason
         if isinstance(reason, socket.gaierror):
-            *_, last = (request.full_url, *getattr(request, "redirect_dict", ()))  # urllib's, of where it was sent
-            host = urlsplit(last).hostname
+            visited: dict[str, int] = getattr(request, "redirect_dict", {})  # urllib's, of where it was sent
+            host = urlsplit([request.full_url, *visited][-1]).hostname
             raise WeightsError(
                 f"{url} cannot be fetched: no address of {host} is known; is there a network? ({reason})"
             ) from None

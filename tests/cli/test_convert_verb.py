@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import re
 from pathlib import Path
 from typing import Any
@@ -81,7 +82,46 @@ def test_the_same_original_makes_the_same_file(
     assert Path("a.safetensors").read_bytes() == Path("b.safetensors").read_bytes()
 
 
+@pytest.mark.parametrize("written", ["file:original.pkl", "~/original.pkl", "original.ckpt", "file:~/original.pkl"])
+def test_an_original_however_it_is_called(
+    written: str,
+    original: tuple[Path, dict[str, Tensor]],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    if written.endswith(".ckpt"):
+        original[0].rename(written)
+    converted(capsys, written, f"~/{OUT}", "--override", "stem_stride=2")
+    assert same(dict(zoo.load_pretrained(OUT).state_dict()), original[1])
+
+
+@pytest.mark.parametrize("written", ["mine.safetensors", "file:mine.safetensors"])
+def test_a_file_of_the_zoo_with_another_solver(written: str, capsys: pytest.CaptureFixture[str]) -> None:
+    zoo.save_weights(zoo.create_model("tanh_deq", width=3), "mine.safetensors")
+    converted(capsys, written, OUT, "--override", "solver=Broyden")
+    arguments = zoo.spec_of(zoo.load_pretrained(OUT)).arguments
+    assert (arguments["width"], arguments["solver"]["class_path"]) == (3, "zoo.implicit.Broyden")
+
+
+@pytest.mark.filterwarnings("default")
+def test_a_warning_is_a_line_without_code(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["convert", "tanh_deq.digits", OUT, "--override", "num_classes=3"]) is None
+    told = capsys.readouterr().err
+    assert re.fullmatch(r"warning: tanh_deq\.digits was trained for 10 classes, .* start at random\n", told)
+
+
 # ----------------------------------------------------------------------------------------------------------- refusals
+
+
+def test_a_folder_that_cannot_be_written_to(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def read_only(model: torch.nn.Module, path: Path) -> None:
+        raise OSError(errno.EROFS, "Read-only file system", str(path))
+
+    monkeypatch.setattr(zoo, "save_weights", read_only)
+    assert refused(capsys, "convert", "tanh_deq.digits", OUT) == f"{OUT} cannot be written: Read-only file system"
 
 
 def test_nothing_is_replaced_unless_asked(capsys: pytest.CaptureFixture[str]) -> None:

@@ -98,7 +98,7 @@ def test_no_name_is_folded_in_a_terminal(
 
 
 REFUSED = {
-    "tanh_deq.digit": "no weights match 'tanh_deq.digit'. Did you mean 'tanh_deq.digits' or 'mdeq_nano.digits'? "
+    "tanh_deq.digit": "no weights match 'tanh_deq.digit'. Did you mean 'tanh_deq.digits'? Near too: mdeq_nano.digits. "
     f"zoo.list_weights(), or cli.py list, lists all {len(SHIPPED + ORIGINAL)}.",
     "mdeq_nono* --source shipped": "no weights match 'mdeq_nono*'. Did you mean 'mdeq_nano.digits'? Known: deq_flow_na",
     "tanh_dec --models": "no models match 'tanh_dec'. Did you mean 'tanh_deq'? zoo.list_models(), or cli.py list ",

@@ -74,13 +74,12 @@ def nearest(given: str, valid: list[str], listing: str | None = None) -> str:
     Of more than ``MOST`` names only the close ones are shown, if there is a ``listing``: a call or a command that lists
     them all.
     """
-    if listing is not None and len(valid) > MOST:
-        close = difflib.get_close_matches(given, valid, n=3)
-        rest = f" {listing} lists all {len(valid)}."
-    else:
-        close = difflib.get_close_matches(given, valid, n=1)
-        rest = f" Known: {', '.join(valid) if valid else 'none'}."
-    return (f" Did you mean {' or '.join(map(repr, close))}?" if close else "") + rest
+    close = difflib.get_close_matches(given, valid)
+    hint = f" Did you mean {close[0]!r}?" if close else ""
+    if listing is None or len(valid) <= MOST:
+        return f"{hint} Known: {', '.join(valid) if valid else 'none'}."
+    near = f" Near too: {', '.join(close[1:])}." if close[1:] else ""
+    return f"{hint}{near} {listing} lists all {len(valid)}."
 
 
 def _path(cls: type) -> str:
