@@ -159,7 +159,7 @@ class FlowCell(nn.Module):
 
     def initial_state(self, context: Tensor, *_: Any) -> tuple[Tensor, ...]:
         """Both 0, in the dtype of the weights also where autocast made the context narrower."""
-        B, size = len(context), context.shape[2:]
+        B, size = context.shape[0], context.shape[2:]
         dtype = next(self.parameters()).dtype
         return tuple(context.new_zeros(B, C, *size, dtype=dtype) for C in (self.hidden, 2))
 

@@ -294,7 +294,7 @@ class DEQTransformer(TextModel):
         self.check_tokens(tokens)
         u = self.injection(self.input_dropout(self.vocabulary.embed(tokens)))
         if memory is None:
-            memory = Memory(u.new_zeros(len(u), 0, self.vocabulary.d_model), u[:, :0])
+            memory = Memory(u.new_zeros(u.shape[0], 0, self.vocabulary.d_model), u[:, :0])
         self.check_memory(memory, tokens, (self.vocabulary.d_model, u.shape[2]))
         memory = Memory(*memory)  # a plain tuple will do
         past = self.cell.past(memory, tokens.shape[1])

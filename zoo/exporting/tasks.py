@@ -7,7 +7,6 @@ import inspect
 import re
 from typing import Any, cast
 
-import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
@@ -18,7 +17,6 @@ from zoo.implicit import DEQ, SolverReport
 from zoo.implicit.exported import ExportableDEQ, GraphReport
 from zoo.implicit.exported_steps import steps_of
 from zoo.language import TextModel
-from zoo.transformer import DEQTransformer, Memory
 from zoo.video import FlowState
 
 from .errors import ExportError
@@ -97,27 +95,18 @@ class Task(nn.Module):
 
 
 def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
-    """What the model gives, written such that nothing in it needs to know the number of samples."""
-    if isinstance(model, TextModel):
-        remembers = len(inputs) > 1
-        if isinstance(model, DEQTransformer) and not remembers:
-            widths = (model.vocabulary.d_model, model.injection.out_features)
-            empty = (model.injection.weight.new_zeros(inputs[0].shape[0], 0, width) for width in widths)
-            inputs = (*inputs, Memory(*empty))
-        h, memory = model(*inputs)
-        log_p = {"log_p": model.vocabulary.log_probs(h)}
-        return log_p | _named("new_memory", memory) if remembers else log_p
+    """What the model gives; of a language model what users ask for, and not the states that it is read off."""
     if isinstance(model, DEQFlow):
         image1, image2 = inputs
         model.check_images(image1, image2)
-        context = model.context(image1)
-        h = torch.zeros_like(context)  # the context has as many channels
-        z, _ = model.deq(
-            *model.injection(model.features(image1), model.features(image2), context),
-            z0=(h, torch.zeros_like(h[:, :2])),
-        )
-        return {"flow": model.upsampled(FlowState(*z), image1.shape[2:])}
-    return _named("output", model(*inputs))
+        # Its forward halves a batch of both images, whose half a graph does not know to be the number of samples.
+        given = model.injection(model.features(image1), model.features(image2), model.context(image1))
+        return {"flow": model.upsampled(FlowState(*model.deq(*given)[0]), image1.shape[2:])}
+    if not isinstance(model, TextModel):
+        return _named("output", model(*inputs))
+    h, memory = model(*inputs)
+    log_p = {"log_p": model.vocabulary.log_probs(h)}
+    return log_p | _named("new_memory", memory) if len(inputs) > 1 else log_p
 
 
 def _keep_computed_weights(module: nn.Module) -> None:
