@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .blobs import Blobs, refuse_other_files, sha256_of_file
+from .blobs import Blobs, in_a_line, refuse_other_files, require_room, sha256_of_file
 from .errors import WeightsError
 
 _NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+/[\w.-]+):(?P<alias>[^\s/:]+)")
@@ -39,10 +39,11 @@ def fetch_artifact(name: str, blobs: Blobs, *, offline: bool, sha256: str | None
             "offline; load it once where there is a network, with the same cache, or a copy of the file by its path"
         )
     artifact = _artifact(name)
-    if path and known and known.version == artifact.digest:
+    is_same = bool(known and (known.version == artifact.digest or re.fullmatch(r"v\d+", found["alias"])))
+    if path and is_same:
         return path
     with blobs.lock(source):
-        return _download(artifact, source, blobs, sha256)
+        return _download(artifact, source, blobs, sha256, known.sha256 if known and is_same else None)
 
 
 def _artifact(name: str) -> Any:
@@ -55,26 +56,28 @@ def _artifact(name: str) -> Any:
         return wandb.Api().artifact(name)
     except wandb.errors.UsageError as error:
         raise WeightsError(
-            f"wandb:{name} cannot be fetched without a login: run `wandb login`, or set WANDB_API_KEY ({_line(error)})"
+            f"wandb:{name} cannot be fetched without a login: run `wandb login`, or set WANDB_API_KEY ({in_a_line(error)})"
         ) from None
     except (wandb.errors.Error, OSError, ValueError) as error:
         raise WeightsError(
-            f"wandb:{name} cannot be fetched: {_line(error)}. See whether entity, project, artifact and alias exist, "
+            f"wandb:{name} cannot be fetched: {in_a_line(error)}. See whether entity, project, artifact and alias exist, "
             "whether this login may read them, and whether there is a network"
         ) from None
 
 
-def _download(artifact: Any, source: str, blobs: Blobs, sha256: str | None) -> Path:
+def _download(artifact: Any, source: str, blobs: Blobs, sha256: str | None, known: str | None) -> Path:
     entries = artifact.manifest.entries
     names = [name for name in entries if PurePosixPath(name).suffix in _SUFFIXES]
-    if len(names) != 1 or entries[names[0]].ref is not None:
+    if len(names) != 1 or any(entry.ref is not None for entry in entries.values()):  # W&B follows references
         there = ", ".join(sorted(entries)) or "none"
         raise WeightsError(
             f"{source} does not have one {' or '.join(_SUFFIXES)} file of its own; its files: {there}. Fetch it with "
-            "`wandb artifact get`, and load a file by its path"
+            "`wandb artifact get`, which follows references too, and load a file by its path"
         )
     folder = blobs.folder / "wandb"
     folder.mkdir(parents=True, exist_ok=True)
+    size = sum(entry.size or 0 for entry in entries.values())
+    require_room(folder, source, size, f"{size:,}")
     with tempfile.TemporaryDirectory(dir=folder) as place:
         import wandb
 
@@ -83,18 +86,10 @@ def _download(artifact: Any, source: str, blobs: Blobs, sha256: str | None) -> P
             artifact.verify(root=place)
         except (wandb.errors.Error, OSError, ValueError) as error:
             raise WeightsError(
-                f"{source} did not come as its manifest says ({_line(error)}); nothing was loaded"
+                f"{source} did not come as its manifest says ({in_a_line(error)}); nothing was loaded"
             ) from None
         file = Path(place, names[0])
         refuse_other_files(file, source)
         found = sha256_of_file(file)
-        if sha256 is not None and found != sha256:
-            raise WeightsError(
-                f"{source} has other content: its sha256 is {found}, it was pinned to {sha256}; nothing was loaded"
-            )
+        blobs.refuse_other_content(source, found, pinned=sha256, known=known)
         return blobs.add(source, file, found, file.suffix, artifact.digest)
-
-
-def _line(error: Exception) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -7,15 +7,19 @@ import json
 import logging
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from .cache import CACHE_VARIABLE
 from .errors import WeightsError
 
 log = logging.getLogger("zoo")
+
+SPARE = 1 << 24  # bytes of disk left free
 
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _SUFFIX = re.compile(r"\.[A-Za-z0-9]{1,12}")
@@ -90,6 +94,28 @@ class Blobs:
         new.write_text(json.dumps(asdict(Recorded(shown(source), sha256, version)), indent=2) + "\n", encoding="utf-8")
         os.replace(new, path)
 
+    def refuse_other_content(self, source: str, found: str, *, pinned: str | None, known: str | None) -> None:
+        """Raise WeightsError unless a sha256 is the one that the user pinned, else the known one of the first use."""
+        wanted = pinned or known
+        if wanted is None or found == wanted:
+            return
+        said = "it was pinned to" if pinned else f"at its first use ({self.note(source)}) it was"
+        advice = "" if pinned else "; if the change is meant, delete that file, or pin the new one with sha256="
+        raise WeightsError(
+            f"{shown(source)} has other content: its sha256 is {found}, {said} {wanted}; nothing was loaded{advice}"
+        )
+
+    @contextmanager
+    def keeping(self, source: str) -> Iterator[None]:
+        """What the disk refuses while a source is brought is one WeightsError."""
+        try:
+            yield
+        except OSError as error:
+            raise WeightsError(
+                f"{shown(source)} cannot be kept in the cache {self.folder}: {error}; "
+                f"choose another with cache_dir= or {CACHE_VARIABLE}"
+            ) from None
+
     @contextmanager
     def lock(self, source: str) -> Iterator[None]:
         """Let one process at a time fetch a source; the others wait, and find it in the cache."""
@@ -119,6 +145,21 @@ def shown(source: str) -> str:
     if not source.lower().startswith(("https:", "http:")):
         return source
     return re.sub(r"//[^/]*@", "//...@", source.partition("?")[0])
+
+
+def in_a_line(error: BaseException) -> str:
+    """What an error says, in one line."""
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def require_room(folder: Path, source: str, missing: int, size: str) -> None:
+    """Raise WeightsError, which says that the source has ``size`` bytes, where the ``missing`` ones fill the disk."""
+    free = shutil.disk_usage(folder).free
+    if missing + SPARE > free:
+        raise WeightsError(
+            f"{shown(source)} has {size} bytes, and {folder} has {free:,} free; "
+            f"make room, or choose another cache with cache_dir= or {CACHE_VARIABLE}"
+        )
 
 
 def sha256_of_file(path: Path) -> str:

@@ -7,7 +7,6 @@ import http.client
 import ipaddress
 import json
 import re
-import shutil
 import socket
 import ssl
 import sys
@@ -20,14 +19,13 @@ from pathlib import Path, PurePosixPath
 from typing import Any
 from urllib.parse import urlsplit
 
-from .blobs import Blobs, key, log, refuse_other_files, shown
+from .blobs import Blobs, key, log, refuse_other_files, require_room, shown
 from .errors import WeightsError
 
 TIMEOUT = 20.0  # seconds without a byte
 WAITS = (0.5, 1.0, 2.0, 4.0)  # seconds before the second, third, ... try
 _PIECE = 1 << 18  # bytes read at once
 _NOTE_EVERY = 1 << 24  # bytes between two notes of how far a file has come
-_SPARE = 1 << 24  # bytes of disk left free
 _AGAIN = {408, 429, 500, 502, 503, 504}  # statuses that may be gone at the next try
 
 
@@ -88,12 +86,7 @@ def _fetch(url: str, blobs: Blobs, wanted: str | None, *, pinned: bool) -> Path:
     found = part.digest.hexdigest()
     try:
         refuse_other_files(part.path, url)
-        if wanted and found != wanted:
-            said = "it was pinned to" if pinned else f"at its first use ({blobs.note(url)}) it was"
-            advice = "" if pinned else "; if the change is meant, delete that file, or pin the new one with sha256="
-            raise WeightsError(
-                f"{shown(url)} has other content: its sha256 is {found}, {said} {wanted}; nothing was loaded{advice}"
-            )
+        blobs.refuse_other_content(url, found, pinned=wanted if pinned else None, known=wanted)
         return blobs.add(url, part.path, found, _suffix(url))
     finally:
         part.clear()
@@ -134,16 +127,14 @@ def _transfer(url: str, opener: urllib.request.OpenerDirector, part: _Part, *, m
 
 def _require_room(url: str, part: _Part, total: int | None, coming: int = 0) -> None:
     """Raise WeightsError where a file of ``total`` bytes, or else the ``coming`` ones, would fill the disk."""
-    free = shutil.disk_usage(part.path.parent).free
-    if (coming if total is None else total - part.size) + _SPARE <= free:
+    if total is not None:
+        require_room(part.path.parent, url, total - part.size, f"{total:,}")
         return
-    if total is None:
+    try:
+        require_room(part.path.parent, url, coming, f"more than {part.size:,}")
+    except WeightsError:
         part.version = ""  # a file without end is not to be gone on with
-    has = f"{total:,}" if total is not None else f"more than {part.size:,}"
-    raise WeightsError(
-        f"{shown(url)} has {has} bytes, and {part.path.parent} has {free:,} free; "
-        "make room, or choose another cache with cache_dir= or DEQ_ZOO_CACHE"
-    )
+        raise
 
 
 class _Part:

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from . import cache
 from .blobs import Blobs, checked_sha256, shown
-from .errors import WeightsError
 
 _REMOTE = ("https:", "http:", "hf:", "wandb:")
 
@@ -42,7 +41,7 @@ def fetch(
     source, sha256 = _pinned(source, sha256)
     kind, _, rest = source.partition(":")
     blobs, is_offline = Blobs(cache.cache_dir(cache_dir)), cache.is_offline(offline)
-    try:
+    with blobs.keeping(source):
         match kind.lower():
             case "https" | "http":
                 from .downloads import download
@@ -56,11 +55,6 @@ def fetch(
                 from .artifacts import fetch_artifact
 
                 return fetch_artifact(rest, blobs, offline=is_offline, sha256=sha256)
-    except OSError as error:
-        raise WeightsError(
-            f"{shown(source)} cannot be kept in the cache {blobs.folder}: {error}; "
-            f"choose another with cache_dir= or {cache.CACHE_VARIABLE}"
-        ) from None
     raise ValueError(f"{shown(source)!r} is nothing to be fetched; what is begins with {', '.join(_REMOTE)}")
 
 

@@ -24,7 +24,7 @@ import zoo
 from tests.command_line import ROOT
 from tests.servers import Reply, Server, serving
 from zoo import downloads
-from zoo.blobs import shown
+from zoo.blobs import SPARE, shown
 from zoo.sources import fetch, is_remote
 
 DATA = (2).to_bytes(8, "little") + b"{}" + random.Random(0).randbytes(600_000)
@@ -382,7 +382,7 @@ def test_a_file_without_end_does_not_fill_the_disk(
     parts = tmp_path / "cache" / "parts"
 
     def shrinking(_: object) -> object:
-        return usage(0, 0, downloads._SPARE + 400_000 - sum(path.stat().st_size for path in parts.iterdir()))
+        return usage(0, 0, SPARE + 400_000 - sum(path.stat().st_size for path in parts.iterdir()))
 
     monkeypatch.setattr(shutil, "disk_usage", shrinking)
     server.replies["/a.safetensors"] = Reply(DATA, etag=etag, headers={"Content-Length": None})

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import logging
+import shutil
+from collections import namedtuple
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -156,6 +158,33 @@ def test_other_bytes_than_the_manifest_says(api: type[Api], tmp_path: Path) -> N
     assert not (tmp_path / "cache" / "blobs").exists()
 
 
+@pytest.mark.parametrize("alias", ["v0", "latest"])
+def test_a_version_that_changed_since_its_first_use(api: type[Api], tmp_path: Path, alias: str) -> None:
+    """A project made again, or a file exchanged; of an alias, W&B says that it is the same version."""
+    source = f"wandb:{NAME}:{alias}"
+    api.served[f"{NAME}:{alias}"] = artifact(tmp_path, model__safetensors=weights(tmp_path))
+    path = fetch(source)
+    path.unlink()
+    other = artifact(tmp_path, model__safetensors=weights(tmp_path, width=8))
+    if alias == "latest":
+        other.digest = api.served[f"{NAME}:{alias}"].digest
+    api.served[f"{NAME}:{alias}"] = other
+    message = refused(source)
+    assert message.startswith(f"{source} has other content: its sha256 is ")
+    assert f"at its first use ({tmp_path / 'cache' / 'sources'}" in message
+    assert f"it was {path.stem}; nothing was loaded; if the change is meant, delete that file, or pin" in message
+    assert not path.exists()
+
+
+def test_a_full_disk_and_a_large_artifact(api: type[Api], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    usage = namedtuple("usage", "total used free")
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage(10, 9, 1000))
+    served = artifact(tmp_path, model__safetensors=weights(tmp_path))
+    monkeypatch.setattr(served, "download", lambda **_: pytest.fail("it was fetched"))
+    api.served[f"{NAME}:v0"] = served
+    assert "has 1,000 free; make room, or choose another cache with cache_dir= or" in refused(f"wandb:{NAME}:v0")
+
+
 def test_a_damaged_file_of_the_cache(api: type[Api], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     data = weights(tmp_path)
     api.served[f"{NAME}:v0"] = artifact(tmp_path, model__safetensors=data)
@@ -189,11 +218,14 @@ def test_other_artifacts(api: type[Api], tmp_path: Path, files: dict[str, bytes]
     assert told in refused(f"wandb:{NAME}:v0")
 
 
-def test_a_file_that_is_kept_elsewhere(api: type[Api], tmp_path: Path) -> None:
-    """A reference, which W&B does not check."""
+@pytest.mark.parametrize("name", ["a.ckpt", "beside.txt"])
+def test_a_file_that_is_kept_elsewhere(api: type[Api], tmp_path: Path, name: str) -> None:
+    """A reference, which W&B does not check, and follows."""
     (tmp_path / "a.ckpt").write_bytes(b"x")
     made = wandb.Artifact("model-abc", type="model")
-    made.add_reference(f"file://{tmp_path}/a.ckpt", name="a.ckpt")
+    made.add_reference(f"file://{tmp_path}/a.ckpt", name=name)
+    if name != "a.ckpt":
+        made.add_file(str(tmp_path / "a.ckpt"), name="a.ckpt")
     api.served[f"{NAME}:v0"] = Served(made)
     assert "does not have one .safetensors or .ckpt file of its own" in refused(f"wandb:{NAME}:v0")
 
