@@ -203,7 +203,8 @@ class Hub(Server):
         found = re.fullmatch(r"/api/models/([^/]+/[^/]+)/(branch|preupload|commit)/(.+)", path)
         if not found or found[1] not in self.repos:
             return _error(404, "RepoNotFound")
-        return self._change(*found.groups(), asked.body)
+        repo, verb, branch = found.groups()
+        return self._change(repo, verb, branch.replace("%2F", "/"), asked.body)
 
     def _change(self, repo: str, verb: str, branch: str, body: bytes) -> Reply:
         if verb == "branch":

@@ -7,7 +7,7 @@ import tempfile
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from .blobs import Blobs, in_a_line, refuse_other_files, require_room, sha256_of_file
+from .blobs import Blobs, inline, refuse_other_files, require_room, sha256_of_file
 from .errors import WeightsError
 
 _NAME = re.compile(r"(?P<path>[\w.-]+/[\w.-]+/[\w.-]+):(?P<alias>[^\s/:]+)")
@@ -56,11 +56,11 @@ def _artifact(name: str) -> Any:
         return wandb.Api().artifact(name)
     except wandb.errors.UsageError as error:
         raise WeightsError(
-            f"wandb:{name} cannot be fetched without a login: run `wandb login`, or set WANDB_API_KEY ({in_a_line(error)})"
+            f"wandb:{name} cannot be fetched without a login: run `wandb login`, or set WANDB_API_KEY ({inline(error)})"
         ) from None
     except (wandb.errors.Error, OSError, ValueError) as error:
         raise WeightsError(
-            f"wandb:{name} cannot be fetched: {in_a_line(error)}. See whether entity, project, artifact and alias exist, "
+            f"wandb:{name} cannot be fetched: {inline(error)}. See whether entity, project, artifact and alias exist, "
             "whether this login may read them, and whether there is a network"
         ) from None
 
@@ -86,7 +86,7 @@ def _download(artifact: Any, source: str, blobs: Blobs, sha256: str | None, know
             artifact.verify(root=place)
         except (wandb.errors.Error, OSError, ValueError) as error:
             raise WeightsError(
-                f"{source} did not come as its manifest says ({in_a_line(error)}); nothing was loaded"
+                f"{source} did not come as its manifest says ({inline(error)}); nothing was loaded"
             ) from None
         file = Path(place, names[0])
         refuse_other_files(file, source)

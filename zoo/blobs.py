@@ -147,7 +147,7 @@ def shown(source: str) -> str:
     return re.sub(r"//[^/]*@", "//...@", source.partition("?")[0])
 
 
-def in_a_line(error: BaseException) -> str:
+def inline(error: BaseException) -> str:
     """What an error says, in one line."""
     return " ".join(str(error).split())[:300] or type(error).__name__
 

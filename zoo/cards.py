@@ -116,11 +116,16 @@ def _in_words(figures: Mapping[str, float], form: str) -> str:
 # ---------------------------------------------------------------------------------------------------------------- card
 
 
-def model_card(record: WeightsRecord) -> str:
-    """What one set of weights is, how it is loaded and what to expect of it, in Markdown."""
+def model_card(record: WeightsRecord, source: str | None = None) -> str:
+    """What one set of weights is, how it is loaded and what to expect of it, in Markdown.
+
+    Args:
+        record: of the weights.
+        source: what ``load_pretrained`` takes for them, if it is not the record's name: a copy on a hub, say.
+    """
     sections = {
         f"# {record.name}": _opening(record),
-        "## Load": _loading(record),
+        "## Load": _loading(record, source),
         "## Figures": _figures(record),
         "## Input": [record.preprocessing],
         "## Model": _model(record),
@@ -138,10 +143,10 @@ def _opening(record: WeightsRecord) -> list[str]:
     ]
 
 
-def _loading(record: WeightsRecord) -> list[str]:
-    line = f'model = zoo.load_pretrained("{record.name}")'
+def _loading(record: WeightsRecord, source: str | None) -> list[str]:
+    line = f"model = zoo.load_pretrained({json.dumps(source or record.name)})"
     code = ["```python", "import zoo", "", line, "```"]
-    if record.source != ORIGINAL:
+    if source or record.source != ORIGINAL:
         return code
     return [
         f"The file does not ship. Fetch `{record.file}` from <{record.download}>,",

@@ -8,11 +8,13 @@ import os
 import re
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
+from urllib.parse import quote, unquote
 
 from torch import nn
 
-from .blobs import Blobs, log, sha256_of_file
+from . import cache
+from .blobs import Blobs, checked_sha256, inline, log, sha256_of_file
 from .errors import WeightsError
 from .records import WeightsRecord
 from .registry import spec_of
@@ -21,8 +23,21 @@ from .weights import load_pretrained
 
 WEIGHTS, CARD = "model.safetensors", "README.md"
 
-_NAME = re.compile(r"(?P<repo>\w[\w.-]*/\w[\w.-]*)(?:@(?P<revision>refs/pr/\d+|[\w.-]+))?(?:/(?P<file>[^@]+))?")
+_REPO = r"\w[\w.-]*/\w[\w.-]*"
+_NAME = re.compile(rf"(?P<repo>{_REPO})(?:@(?P<revision>refs/pr/\d+|[\w.%-]+))?(?:/(?P<file>[^@]+))?")
 _LICENCES = {"apache-2.0", "bsd-3-clause", "cc-by-4.0", "cc-by-nc-4.0", "mit"}  # as the hub spells them
+
+
+class _HubFile(NamedTuple):
+    """A file of the hub; as text, the source by which it is loaded."""
+
+    repo: str
+    revision: str | None
+    file: str = WEIGHTS
+
+    def __str__(self) -> str:
+        revision = f"@{quote(self.revision, safe='')}" if self.revision else ""
+        return f"hf:{self.repo}{revision}{'' if self.file == WEIGHTS else f'/{self.file}'}"
 
 
 def save_pretrained(
@@ -44,19 +59,27 @@ def save_pretrained(
         the folder.
 
     Raises:
-        ValueError: the model was made in another way.
+        ValueError: the model was made in another way, or the record is of another one.
         FileExistsError: one of the files is there; nothing was written.
+        NotADirectoryError: there is a file in place of the folder.
     """
-    folder, card = Path(folder).expanduser(), _card(model, record)
+    folder = Path(folder).expanduser()
+    card = _card(model, record, folder.resolve().name)
+    if folder.is_file():
+        raise NotADirectoryError(f"{folder} is a file; save_pretrained takes a folder, which it makes")
     there = [name for name in (WEIGHTS, CARD) if (folder / name).exists()]
     if there and not overwrite:
         raise FileExistsError(
             f"{folder} has {' and '.join(there)} already; choose another folder, or replace with overwrite=True"
         )
     folder.mkdir(parents=True, exist_ok=True)
+    _write(model, folder, card)
+    return folder
+
+
+def _write(model: nn.Module, folder: Path, card: str) -> None:
     save_weights(model, folder / WEIGHTS)
     (folder / CARD).write_text(card, encoding="utf-8")
-    return folder
 
 
 def push_to_hub(
@@ -84,15 +107,17 @@ def push_to_hub(
         what :func:`zoo.load_pretrained` takes to load exactly this: ``"hf:org/name@<commit>"``.
 
     Raises:
-        ValueError: the model was made in another way, or the repository is not written like this.
+        ValueError: the model was made in another way, the record is of another one, or the repository is not written
+            like this.
         WeightsError: the hub did not take it.
     """
     from huggingface_hub import HfApi
     from huggingface_hub.errors import HTTPError  # type: ignore[attr-defined]  # of the HTTP client, whichever it is
 
+    card = _card(model, record, str(_HubFile(repo_id, branch)))
     api = HfApi(endpoint=_endpoint(), token=token)
     with tempfile.TemporaryDirectory() as folder:
-        save_pretrained(model, folder, record)
+        _write(model, Path(folder), card)
         try:
             api.create_repo(repo_id, private=private, exist_ok=True)
             if branch is not None:
@@ -105,19 +130,30 @@ def push_to_hub(
             )
         except (HTTPError, OSError) as error:
             raise WeightsError(
-                f"{repo_id} was not uploaded: {_line(error)}. Log in with `hf auth login`, or set HF_TOKEN to a token "
+                f"{repo_id} was not uploaded: {inline(error)}. Log in with `hf auth login`, or set HF_TOKEN to a token "
                 "that may write there"
             ) from None
     return f"hf:{repo_id}@{commit.oid}"
 
 
-def from_pretrained(repo_or_folder: str | os.PathLike[str], revision: str | None = None, **arguments: Any) -> nn.Module:
+def from_pretrained(
+    repo_or_folder: str | os.PathLike[str],
+    revision: str | None = None,
+    *,
+    cache_dir: str | os.PathLike[str] | None = None,
+    offline: bool | None = None,
+    sha256: str | None = None,
+    **arguments: Any,
+) -> nn.Module:
     """The model that :func:`save_pretrained` wrote into a folder, or :func:`push_to_hub` to ``"org/name"``.
 
     Args:
         repo_or_folder: a folder, if there is one of this name; else a repository of the Hugging Face hub.
         revision: of the repository: a branch, a tag or a commit.
-        arguments: of :func:`zoo.load_pretrained`: ``offline``, ``cache_dir``, ``sha256``, and those of the model.
+        cache_dir: as of :func:`zoo.load_pretrained`.
+        offline: likewise.
+        sha256: likewise.
+        arguments: of the model, to change; see there.
 
     Raises:
         ValueError: there is no such folder, and it is not a repository's name either.
@@ -127,18 +163,22 @@ def from_pretrained(repo_or_folder: str | os.PathLike[str], revision: str | None
     if Path(name).expanduser().is_dir():
         if revision is not None:
             raise ValueError(f"{name} is a folder, which has no revision {revision!r}")
-        return load_pretrained(str(Path(name).expanduser()), **arguments)
-    if not re.fullmatch(r"\w[\w.-]*/\w[\w.-]*", name):
+        return load_pretrained(Path(name).expanduser(), sha256=sha256, **arguments)
+    if not re.fullmatch(_REPO, name):
         raise ValueError(f"there is no folder {name}, and a repository of the Hugging Face hub is written org/name")
-    return load_pretrained(f"hf:{name}" + (f"@{revision}" if revision else ""), **arguments)
+    file, blobs = _HubFile(name, revision), Blobs(cache.cache_dir(cache_dir))
+    with blobs.keeping(str(file)):
+        path = _fetch(file, blobs, offline=cache.is_offline(offline), sha256=sha256 and checked_sha256(sha256))
+    return load_pretrained(path, **arguments)
 
 
 def fetch_from_hub(name: str, blobs: Blobs, *, offline: bool, sha256: str | None = None) -> Path:
     """The file ``org/name[@revision][/file]`` of the Hugging Face hub, verified; ``model.safetensors`` without a file.
 
-    Its client keeps it in ``hf`` in our cache. A commit's file is hashed at each call, and compared with what the hub
-    calls it (the sha256 of large files, git's sha1 of small ones) and with what it was at its first use. A damaged
-    one is fetched again, once. ``HF_ENDPOINT``, ``HF_TOKEN`` and ``hf auth login`` hold here too.
+    A ``/`` in a revision is written ``%2F``. The hub's client keeps files in ``hf`` in our cache. A commit's file is
+    hashed at each call, and compared with what the hub calls it (the sha256 of large files, git's sha1 of small ones)
+    and with what it was at its first use. A damaged one is fetched again, once. ``HF_ENDPOINT``, ``HF_TOKEN`` and
+    ``hf auth login`` hold here too.
 
     Raises:
         ValueError: the name is not written like this.
@@ -150,9 +190,14 @@ def fetch_from_hub(name: str, blobs: Blobs, *, offline: bool, sha256: str | None
             f"hf:{name} is no file of the Hugging Face hub; one is written hf:org/name, hf:org/name@revision or "
             "hf:org/name@revision/file.safetensors"
         )
-    path = _download(found, blobs, revision=found["revision"], offline=offline)
-    commit = _commit(path, found["file"] or WEIGHTS)
-    source = f"hf:{found['repo']}@{commit}/{found['file'] or WEIGHTS}"
+    revision = found["revision"] and unquote(found["revision"])
+    return _fetch(_HubFile(found["repo"], revision, found["file"] or WEIGHTS), blobs, offline=offline, sha256=sha256)
+
+
+def _fetch(file: _HubFile, blobs: Blobs, *, offline: bool, sha256: str | None) -> Path:
+    path = _download(file, blobs, offline=offline)
+    commit = path.parents[file.file.count("/")].name  # .../snapshots/<commit>/<file>
+    source = f"hf:{file.repo}@{commit}/{file.file}"
     pinned = blobs.recorded(source)
     content = sha256_of_file(path)
     if not _is_intact(path, content, pinned.sha256 if pinned else None):
@@ -160,28 +205,24 @@ def fetch_from_hub(name: str, blobs: Blobs, *, offline: bool, sha256: str | None
         if offline:
             raise WeightsError(f"{damage}; nothing was loaded. Load it once where there is a network")
         log.warning("%s; it is fetched again", damage)
-        path = _download(found, blobs, revision=commit, offline=False, anew=True)
+        path = _download(file._replace(revision=commit), blobs, offline=False, anew=True)
         content = sha256_of_file(path)
         if not _is_intact(path, content, pinned.sha256 if pinned else None):
             raise WeightsError(f"{source} came damaged: its sha256 is {content}; nothing was loaded")
-    if sha256 is not None and content != sha256:
-        raise WeightsError(
-            f"{source} has other content: its sha256 is {content}, it was pinned to {sha256}; nothing was loaded"
-        )
+    blobs.refuse_other_content(source, content, pinned=sha256, known=None)
     if pinned is None:
         blobs.pin(source, content)
     return path
 
 
-def _download(found: re.Match[str], blobs: Blobs, *, revision: str | None, offline: bool, anew: bool = False) -> Path:
+def _download(wanted: _HubFile, blobs: Blobs, *, offline: bool, anew: bool = False) -> Path:
     """What the hub's client makes of it: the path of a snapshot's file."""
     try:
         from huggingface_hub import errors, hf_hub_download
     except ImportError as error:
-        raise WeightsError(f"hf:{found.string} needs the package huggingface_hub: {error}") from None
+        raise WeightsError(f"{wanted} needs the package huggingface_hub: {error}") from None
 
-    repo, file = found["repo"], found["file"] or WEIGHTS
-    name, folder = f"hf:{found.string}", blobs.folder / "hf"
+    (repo, revision, file), folder = wanted, blobs.folder / "hf"
     try:
         return Path(
             hf_hub_download(
@@ -199,24 +240,19 @@ def _download(found: re.Match[str], blobs: Blobs, *, revision: str | None, offli
     except errors.RepositoryNotFoundError:
         why = f"there is no repository {repo}, or it is private: log in with `hf auth login` or HF_TOKEN"
     except errors.RevisionNotFoundError:
-        why = f"{repo} has no revision {revision}"
+        why = f"{repo} has no revision {revision}" + ("" if file == WEIGHTS else "; a / in a revision is written %2F")
     except errors.LocalEntryNotFoundError as error:
         why = (
             f"it is not in the cache ({folder}), and nothing is fetched offline; load it once where there is a "
             "network, with the same cache, or load a copy of the file by its path"
             if offline
-            else f"the hub cannot be reached ({_line(error.__cause__ or error)}), and it is not in the cache ({folder})"
+            else f"the hub cannot be reached ({inline(error.__cause__ or error)}), and it is not in the cache ({folder})"
         )
     except errors.EntryNotFoundError:
         why = f"{repo} has no file {file} at revision {revision or 'main'}; write hf:{repo}@REVISION/FILE for another"
     except (errors.HTTPError, OSError, ValueError) as error:  # type: ignore[attr-defined]  # see push_to_hub
-        why = _line(error.__cause__ or error)
-    raise WeightsError(f"{name} cannot be fetched: {why}") from None
-
-
-def _commit(path: Path, file: str) -> str:
-    """The commit of a snapshot's file: ``.../snapshots/<commit>/<file>``."""
-    return path.parents[file.count("/")].name
+        why = inline(error.__cause__ or error)
+    raise WeightsError(f"{wanted} cannot be fetched: {why}") from None
 
 
 def _is_intact(path: Path, sha256: str, pinned: str | None) -> bool:
@@ -238,9 +274,23 @@ def _endpoint() -> str | None:
     return os.environ.get("HF_ENDPOINT") or None
 
 
-def _card(model: nn.Module, record: WeightsRecord | None) -> str:
-    """A model card with the hub's front matter; each value is JSON, which YAML includes."""
-    spec = spec_of(model)
+def _card(model: nn.Module, record: WeightsRecord | None, source: str) -> str:
+    """A model card with the hub's front matter; each value is JSON, which YAML includes.
+
+    Args:
+        model: what is saved.
+        record: of it.
+        source: what ``load_pretrained`` will take for it.
+
+    Raises:
+        ValueError: the record is of another model.
+    """
+    spec, parameters = spec_of(model), sum(p.numel() for p in model.parameters())
+    if record is not None and (record.model, record.num_parameters) != (spec.model, parameters):
+        raise ValueError(
+            f"the record {record.name} is of {record.model} with {record.num_parameters:,} parameters, and this model "
+            f"is {spec.model} with {parameters:,}; give the record of these weights, or none"
+        )
     front: dict[str, Any] = {"library_name": "deq-zoo", "tags": ["deep-equilibrium-model", "pytorch", spec.model]}
     if record is not None:
         licence = record.licence.lower()
@@ -249,8 +299,7 @@ def _card(model: nn.Module, record: WeightsRecord | None) -> str:
     if record is not None:
         from .cards import model_card
 
-        return "\n".join(lines) + model_card(record)
-    parameters = sum(p.numel() for p in model.parameters())
+        return "\n".join(lines) + model_card(record, source)
     lines += [
         f"# {spec.model}",
         "",
@@ -260,14 +309,9 @@ def _card(model: nn.Module, record: WeightsRecord | None) -> str:
         "```python",
         "import zoo",
         "",
-        'model = zoo.from_pretrained("org/name")  # this repository, or a folder with its files',
+        f"model = zoo.load_pretrained({json.dumps(source)})",
         "```",
         "",
         f"`{WEIGHTS}` holds the model's name, its arguments and a digest of its tensors, checked at each load.",
     ]
     return "\n".join(lines) + "\n"
-
-
-def _line(error: BaseException) -> str:
-    """What an error says, in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__

@@ -71,6 +71,10 @@ def test_weights_are_loaded_from_a_repository(hub: Hub, model: torch.nn.Module, 
     loaded = zoo.from_pretrained(REPO, solver="Newton")
     assert same_weights(loaded, model)
     assert type(loaded.deq.solver).__name__ == "Newton"
+    sha256 = hashlib.sha256(data).hexdigest().upper()
+    assert same_weights(zoo.from_pretrained(REPO, commit, sha256=sha256, cache_dir=tmp_path / "cache"), model)
+    with pytest.raises(zoo.WeightsError, match="it was pinned to aaaa"):
+        zoo.from_pretrained(REPO, sha256="a" * 64)
     assert same_weights(zoo.load_pretrained(f"hf:{REPO}@{commit}"), model)
     assert len(gets(hub)) == 1
     sent = {(asked.path[:5], asked.headers.get("authorization")) for asked in hub.asked}
@@ -208,6 +212,8 @@ def test_code_in_a_pickle_is_not_run(hub: Hub, tmp_path: Path, door: str) -> Non
             "hf:org/none cannot be fetched: there is no repository org/none, or it is private: log in with",
         ),
         ("hf:org/tanh@v9", "hf:org/tanh@v9 cannot be fetched: org/tanh has no revision v9"),
+        ("hf:org/tanh@a/b", "org/tanh has no revision a; a / in a revision is written %2F"),
+        ("hf:org/tanh@a%2Fb", "hf:org/tanh@a%2Fb cannot be fetched: org/tanh has no revision a/b"),
         ("hf:org/tanh/no.ckpt", "cannot be fetched: org/tanh has no file no.ckpt at revision main; write hf:org/tanh@"),
         ("hf:org/gated", "cannot be fetched: org/gated is gated: accept its terms on the hub, and log in with"),
     ],
@@ -271,7 +277,24 @@ def test_a_card_of_a_record(tmp_path: Path, licence: str) -> None:
     card = zoo.save_pretrained(model, tmp_path / "x", dataclasses.replace(record, licence=licence)) / "README.md"
     front = front_matter(card.read_text())
     assert (front["license"], front.get("license_name")) == (("mit", None) if licence == "MIT" else ("other", licence))
-    assert "tanh_deq.toy" in card.read_text()
+    assert "# tanh_deq.toy\n" in card.read_text()
+    assert 'zoo.load_pretrained("x")' in card.read_text(), "these weights, and not those that ship"
+
+
+@pytest.mark.usefixtures("weights_folder")
+@pytest.mark.parametrize("other", ["another model", "another size"])
+def test_a_record_of_other_weights(hub: Hub, tmp_path: Path, other: str) -> None:
+    publish()
+    (record,) = zoo.list_weights()
+    model = zoo.create_model("resnet") if other == "another model" else zoo.create_model("tanh_deq", width=20)
+    with pytest.raises(
+        ValueError, match=r"the record tanh_deq\.toy is of tanh_deq with 496 parameters, and this model"
+    ):
+        zoo.save_pretrained(model, tmp_path / "x", record)
+    with pytest.raises(ValueError, match=r"the record tanh_deq\.toy is of tanh_deq"):
+        zoo.push_to_hub(model, REPO, record=record)
+    assert not (tmp_path / "x").exists()
+    assert hub.asked == []
 
 
 @pytest.mark.parametrize("there", ["README.md", "model.safetensors"])
@@ -284,13 +307,20 @@ def test_nothing_is_overwritten(model: torch.nn.Module, tmp_path: Path, there: s
     assert same_weights(zoo.from_pretrained(tmp_path), model)
 
 
+def test_a_file_in_place_of_a_folder(model: torch.nn.Module, tmp_path: Path) -> None:
+    (tmp_path / "x").write_text("precious")
+    with pytest.raises(NotADirectoryError, match=r"/x is a file; save_pretrained takes a folder"):
+        zoo.save_pretrained(model, tmp_path / "x", overwrite=True)
+    assert (tmp_path / "x").read_text() == "precious"
+
+
 def test_a_model_made_by_hand_is_not_saved(tmp_path: Path) -> None:
     with pytest.raises(ValueError, match=r"was not made by zoo\.create_model"):
         zoo.save_pretrained(zoo.TanhDEQ(), tmp_path / "x")
     assert not (tmp_path / "x").exists()
 
 
-@pytest.mark.parametrize("branch", [None, "trial"])
+@pytest.mark.parametrize("branch", [None, "trial", "feature/y"])
 def test_a_model_is_pushed_and_comes_back(hub: Hub, model: torch.nn.Module, branch: str | None) -> None:
     source = zoo.push_to_hub(model, REPO, branch=branch, private=True, commit_message="First")
     commit = hub.refs[REPO][branch or "main"]
@@ -299,6 +329,9 @@ def test_a_model_is_pushed_and_comes_back(hub: Hub, model: torch.nn.Module, bran
     assert same_weights(zoo.load_pretrained(source), model)
     assert same_weights(zoo.from_pretrained(REPO, revision=branch), model)
     assert ("model.safetensors" in hub.repos[REPO][hub.refs[REPO]["main"]]) == (branch is None)
+    written = f"hf:{REPO}" if branch is None else f"hf:{REPO}@{branch.replace('/', '%2F')}"
+    assert f'zoo.load_pretrained("{written}")' in hub.repos[REPO][commit]["README.md"].decode()
+    assert same_weights(zoo.load_pretrained(written), model)
     made = next(asked for asked in hub.asked if asked.path == "/api/repos/create")
     assert b"private" in made.body
     zoo.push_to_hub(model, REPO, branch=branch)
