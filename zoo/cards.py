@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -102,7 +102,14 @@ def markdown_table() -> str:
 
 def _table(head: tuple[str, ...], rows: Iterator[tuple[str, ...]]) -> Iterator[str]:
     for row in (head, ("---",) * len(head), *rows):
-        yield f"| {' | '.join(cell.replace('|', '&#124;') for cell in row)} |"
+        yield markdown_row(row)
+
+
+def markdown_row(cells: Sequence[str], widths: Sequence[int] | None = None) -> str:
+    """A line of a Markdown table, its cells filled up to ``widths``; what would end a cell is written as an entity."""
+    sizes = widths or [0] * len(cells)
+    filled = (cell.replace("|", "&#124;").ljust(size) for cell, size in zip(cells, sizes, strict=True))
+    return f"| {' | '.join(filled)} |"
 
 
 def _link(record: WeightsRecord) -> str:
@@ -150,7 +157,8 @@ def _loading(record: WeightsRecord, source: str | None) -> list[str]:
         return code
     return [
         f"The file does not ship. Fetch `{record.file}` from <{record.download}>,",
-        f"and put it into `originals/{record.name}/` of the cache (`$DEQ_ZOO_CACHE`, else `~/.cache/deq-zoo`). Then:",
+        f"and put it into `originals/{record.name}/` of the cache: `$DEQ_ZOO_CACHE`, else `deq-zoo` in",
+        "`$XDG_CACHE_HOME`, else `~/.cache/deq-zoo`. Then:",
         "",
         *code,
         "",
@@ -162,6 +170,7 @@ def _loading(record: WeightsRecord, source: str | None) -> list[str]:
 def _figures(record: WeightsRecord) -> list[str]:
     """Measured beside published, by name."""
     names = list(dict.fromkeys([*record.metrics, *record.published]))
+    command = f"python cli.py evaluate {record.name}"
     rows = [
         (
             name.replace("_", " "),
@@ -176,7 +185,7 @@ def _figures(record: WeightsRecord) -> list[str]:
         *_table(("", "measured by this zoo", "published"), iter(rows)),
         "",
         "Fractions, not percent; errors of flow in pixels."
-        + (f" Measured by `python cli.py evaluate {record.name}`." if record.evaluation else ""),
+        + (f" {'Measured' if record.metrics else 'To be measured'} by `{command}`." if record.evaluation else ""),
     ]
 
 

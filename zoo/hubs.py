@@ -246,7 +246,8 @@ def _download(wanted: _HubFile, blobs: Blobs, *, offline: bool, anew: bool = Fal
             f"it is not in the cache ({folder}), and nothing is fetched offline; load it once where there is a "
             "network, with the same cache, or load a copy of the file by its path"
             if offline
-            else f"the hub cannot be reached ({inline(error.__cause__ or error)}), and it is not in the cache ({folder})"
+            else f"the hub cannot be reached ({inline(error.__cause__ or error)}), and it is not in the "
+            f"cache ({folder})"
         )
     except errors.EntryNotFoundError:
         why = f"{repo} has no file {file} at revision {revision or 'main'}; write hf:{repo}@REVISION/FILE for another"

@@ -87,7 +87,7 @@ def test_a_card_has_all_that_the_record_says(weights_folder: Path) -> None:
         "# tanh_deq.paper\n",
         'model = zoo.load_pretrained("tanh_deq.paper")',
         "| test accuracy | 0.7903 | 0.792 |",
-        "python cli.py evaluate tanh_deq.paper",
+        "Measured by `python cli.py evaluate tanh_deq.paper`.",
         "Fetch `paper.pkl` from <https://nowhere.invalid/file>,",
         "`originals/tanh_deq.paper/` of the cache",
         "python cli.py convert paper.pkl OUT.safetensors",
@@ -100,6 +100,10 @@ def test_a_card_has_all_that_the_record_says(weights_folder: Path) -> None:
         "images (B, 64) in [0, 1]",
     ):
         assert told in written
+    save_record(dataclasses.replace(find_record("tanh_deq.paper"), metrics={}))
+    unmeasured = cards.model_card(find_record("tanh_deq.paper"))
+    assert "To be measured by `python cli.py evaluate tanh_deq.paper`." in unmeasured
+    assert "$XDG_CACHE_HOME" in unmeasured
     ours = (weights_folder / "cards" / "tanh_deq.toy.md").read_text()
     assert f"sha256: `{find_record('tanh_deq.toy').sha256}`" in ours
     assert "cache" not in ours
