@@ -109,10 +109,13 @@ def test_samples_that_fail_run_away_or_have_converged_change_nothing_for_the_oth
     torch.testing.assert_close(z[:1], alone)
 
 
-def test_a_map_that_is_not_finite_from_the_start_is_told_as_infinite() -> None:
-    z, report = both(lambda z: z / 0, torch.zeros(2, 3, dtype=torch.float64), Anderson())
+@pytest.mark.parametrize("norm", ["relative", "absolute"])
+@pytest.mark.parametrize("start", [0.0, 1.0])
+def test_a_map_that_is_not_finite_from_the_start_is_told_as_infinite(start: float, norm: Any) -> None:
+    z0 = torch.full((2, 3), start, dtype=torch.float64)
+    z, report = both(lambda z: z / 0, z0, Anderson(norm=norm))
     assert report.residual.isinf().all()
-    assert torch.equal(z, torch.zeros_like(z))
+    assert torch.equal(z, z0)
 
 
 def test_f_is_not_shown_a_sample_that_failed_before() -> None:

@@ -158,9 +158,9 @@ class Cell(nn.Module):
 
 
 class Toy(nn.Module):
-    def __init__(self, **options: Any) -> None:
+    def __init__(self, cell: nn.Module | None = None, **options: Any) -> None:
         super().__init__()
-        self.deq = DEQ(Cell(), **options)
+        self.deq = DEQ(cell or Cell(), **options)
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
         (a, b), _ = self.deq(x)
@@ -197,6 +197,30 @@ def test_an_unrolled_cell_and_computed_weights(tmp_path: Path) -> None:
     assert toy.training
     assert nn.utils.parametrize.is_parametrized(toy.deq.cell.linear)
     assert "Loop" not in {node.op_type for node in onnx.load(tmp_path / "toy.onnx").graph.node}
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+def test_zeros_overflows_and_what_is_not_finite(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Operators of ONNX and of onnxruntime treat these in ways of their own."""
+
+    class Unbounded(Cell):
+        def forward(self, z: tuple[Tensor, Tensor], x: Tensor) -> tuple[Tensor, Tensor]:
+            a, b = super().forward(z, torch.zeros_like(x))
+            return a + x[:, :2], b + x[:, 2:].unflatten(1, (1, 2))
+
+    toy = Toy(Unbounded(), solver=Anderson(memory=2), on_failure="ignore").to(dtype)
+    rows = [0, torch.nan, torch.inf, -torch.inf, 1e20, torch.finfo(dtype).max, torch.finfo(dtype).tiny, 1]
+    x = torch.tensor(rows, dtype=dtype).unsqueeze(1).repeat(1, 4)
+    zoo.export(toy, tmp_path / "toy.onnx", inputs(2).to(dtype), check=False)
+    session = onnxruntime.InferenceSession(tmp_path / "toy.onnx", providers=CPU)
+    a, _, steps, residual, converged = session.run(None, {"x": x.numpy()})
+    with torch.no_grad():
+        wanted = toy(x)["a"]
+    report = toy.deq.report
+    assert converged.tolist() == report.converged.tolist()
+    assert steps.tolist() == report.steps.tolist()
+    assert np.isinf(residual).tolist() == report.residual.isinf().tolist()
+    np.testing.assert_allclose(a, wanted, rtol=1e-4)
 
 
 def test_a_model_without_an_equilibrium(tmp_path: Path) -> None:

@@ -13,9 +13,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .checks import initial_state
-from .driver import _residual
 from .equilibrium import DEQ
-from .exported_steps import steps_of
+from .exported_steps import at_least_tiny, steps_of
 from .solvers import Solver
 from .state import State, StateView
 
@@ -74,13 +73,11 @@ def solve(f: Callable[[Tensor], Tensor], z0: Tensor, solver: Solver) -> tuple[Te
     Steps are made for all samples until the last one has stopped; results of those that have are frozen.
     """
     steps_in_graph = steps_of(solver)
-    limits = torch.finfo(z0.dtype)
     zero = torch.zeros_like(z0[:, 0])
     never = torch.zeros_like(zero, dtype=torch.bool)
     last = torch.full_like(zero, solver.max_steps, dtype=torch.int64)
     k = torch.zeros((), dtype=torch.int64, device=z0.device)
-    lowest = torch.full_like(zero, limits.max)
-    rows = z0.clone(), z0.clone(), lowest, zero, never, never.clone(), last
+    rows = z0.clone(), z0.clone(), torch.full_like(zero, torch.inf), zero, never, never.clone(), last
 
     def goes_on(k: Tensor, *state: Tensor) -> Tensor:
         converged, failed = state[4:6]
@@ -99,16 +96,16 @@ def solve(f: Callable[[Tensor], Tensor], z0: Tensor, solver: Solver) -> tuple[Te
     ) -> tuple[Tensor, ...]:
         z = torch.where(failed.unsqueeze(1), best, z)  # operators may do anything with the rest
         fz = f(z)
-        distance, found = _residual(z, fz, solver, None)
+        distance, found = _residual(z, fz, solver)
         looks = (k == 0) | (k == solver.max_steps) | ((k + 1) % steps_in_graph.every == 0)
         open_ = looks & ~(converged | failed)
-        better = open_ & (found <= residual)  # also False where it is not finite
+        fails = open_ & (found.isnan() if solver.norm == "relative" else ~found.isfinite())
+        better = open_ & ~fails & (found <= residual)
         largest = torch.where(looks, torch.maximum(largest, distance), largest)
         within = better & (found <= solver.tol)
         if solver.norm == "relative":
             # A relative residual falls also when z merely runs away; f(z) - z itself has to become smaller.
             within = within & ((k == 0) | (distance < 0.99 * largest) | (distance == 0))
-        fails = open_ & ~found.isfinite()
         proposed, memory = steps_in_graph.step(k, z, fz, memory)
         return (
             k + 1,
@@ -124,7 +121,6 @@ def solve(f: Callable[[Tensor], Tensor], z0: Tensor, solver: Solver) -> tuple[Te
 
     state = torch.while_loop(goes_on, body, (k, *rows, *steps_in_graph.init(z0)))
     _, _, best, residual, _, converged, _, steps, *_ = state
-    residual = torch.where(residual == limits.max, torch.inf, residual)
     return best, GraphReport(steps, residual, converged)
 
 
@@ -133,14 +129,25 @@ def apply(f: Callable[[Tensor], Tensor], z: Tensor, times: int, solver: Solver) 
     largest = torch.zeros_like(z[:, 0])
     for _ in range(times):
         fz = f(z)
-        largest = torch.maximum(largest, _residual(z, fz, solver, None)[0])
+        largest = torch.maximum(largest, _residual(z, fz, solver)[0])
         z = fz
-    distance, residual = _residual(z, f(z), solver, None)
+    distance, residual = _residual(z, f(z), solver)
     converged = residual <= solver.tol
     if solver.norm == "relative":
         converged = converged & ((distance < 0.99 * torch.maximum(largest, distance)) | (distance == 0))
     steps = torch.full_like(residual, times, dtype=torch.int64)
     return z, GraphReport(steps, torch.where(distance.isfinite(), residual, torch.inf), converged)
+
+
+def _residual(z: Tensor, fz: Tensor, solver: Solver) -> tuple[Tensor, Tensor]:
+    """``(B,)`` ||f(z) - z||, and the same in the solver's norm.
+
+    Where f(z) is about 0 the latter may be infinite, and not the largest finite number as in the driver.
+    """
+    distance: Tensor = torch.linalg.vector_norm(fz - z, dim=1)
+    if solver.norm == "absolute":
+        return distance, distance
+    return distance, distance / at_least_tiny(torch.linalg.vector_norm(fz, dim=1))
 
 
 def _views(z0: State) -> tuple[Callable[[State], Tensor], Callable[[Tensor], State]]:

@@ -6,6 +6,7 @@ what depends on k is a mask: rows that were not yet written are 0, and are left 
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable
 from typing import Any
@@ -95,7 +96,7 @@ class _TypeTwo(GraphSteps):
 
     def _weights(self, gram: Tensor, latest: Tensor, written: Tensor) -> Tensor:
         """``(B, m, m)`` -> ``(B, m)``: the a of :class:`Anderson`, 0 for what is not written."""
-        norms = gram.diagonal(dim1=1, dim2=2).clamp_min(torch.finfo(gram.dtype).tiny).sqrt()
+        norms = at_least_tiny(gram.diagonal(dim1=1, dim2=2)).sqrt()
         norms = torch.where(written, norms, torch.inf)
         d = norms.amin(dim=1, keepdim=True) / norms
         unit_gram = gram / (norms.unsqueeze(2) * norms.unsqueeze(1))
@@ -190,6 +191,13 @@ _STEPS: dict[type[Solver], Callable[[Any], GraphSteps]] = {
     Anderson: _anderson,
     Broyden: _Broyden,
 }
+
+
+def at_least_tiny(x: Tensor) -> Tensor:
+    """``x.clamp_min(finfo.tiny)``: in ONNX constants are of float32, and what is clamped is finite."""
+    exponent = round(math.log2(torch.finfo(x.dtype).tiny))  # -126 or -1022, multiples of 14
+    tiny = torch.full_like(x, 2.0 ** (exponent // 14)) ** 14
+    return torch.where(x < tiny, tiny, x)
 
 
 def _plain(z: Tensor, fz: Tensor, damping: float) -> Tensor:
