@@ -12,16 +12,20 @@ import argparse
 import re
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from .tables import FAILED, MEASURED, NOT_HERE, NOT_REPRODUCED, PRINTERS, REPRODUCED, Files, Metric, Row
+from .values import expanded, unmatched
 
 if TYPE_CHECKING:
     from torch import nn
 
     from zoo import WeightsRecord
+
+_ADVICE = "name weights that are evaluated on the same task and data (--as NAME)"
 
 
 def add_arguments(parser: argparse.ArgumentParser) -> None:
@@ -47,10 +51,13 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--limit", type=_count, metavar="N", help="at most N batches of each part; nothing is then compared"
     )
-    parser.add_argument("--data_root", metavar="FOLDER", help="where the data are, in place of the recorded root")
+    parser.add_argument(
+        "--data_root", metavar="FOLDER", type=expanded, help="where the data are, in place of the recorded root"
+    )
     parser.add_argument(
         "--out",
         metavar="NAME",
+        type=_out,
         help="write NAME.csv, NAME.json and NAME.md, in place of what is there (default: runs/evaluation-<time>)",
     )
     parser.add_argument(
@@ -62,29 +69,37 @@ def run(args: argparse.Namespace) -> None:
     """Evaluate, print and write.
 
     Raises:
-        ValueError: the pattern matches nothing, ``--as`` names nothing, or the device is not here.
+        ValueError: the pattern matches nothing and is no source; ``--as`` names nothing, or is needed; the device is
+            not here.
+        WeightsError: a source cannot be loaded.
         OSError: the files cannot be written.
         SystemExit: 1 if a recorded metric is not reproduced, a weight failed, or none could be measured.
     """
+    from zoo.blobs import shown
     from zoo.records import find_record, list_weights
 
     _require_device(args.device)
     like = None if args.like is None else find_record(args.like)
-    chosen: dict[str, WeightsRecord | None] = {
-        record.name: record for record in list_weights(args.pattern, args.source)
+    name = shown(args.pattern)  # what is written may be shared, and an address may hold a secret
+    records = list_weights(args.pattern, args.source)
+    chosen: dict[str, tuple[WeightsRecord | None, Callable[[], _Subject]]] = {
+        record.name: (record, partial(_recorded, record, like)) for record in records
     }
     if not chosen:
-        _require_source(args.pattern)
-        chosen = {args.pattern: None}
+        if not _may_be_a_source(args.pattern):
+            raise unmatched(args.pattern, args.source)
+        given = _given(args.pattern, name, like)  # what is wrong with it is told before files are touched
+        chosen = {name: (None, lambda: given)}
     out = args.out or time.strftime("runs/evaluation-%Y%m%d-%H%M%S")
-    files = Files(Path(re.sub(r"\.(csv|json|md)$", "", out)), vars(args))
+    files = Files(Path(out), {**vars(args), "pattern": name})
     printer = PRINTERS[args.format](max(map(len, chosen)))
-    rows = []
-    for name, record in chosen.items():
+    rows: list[Row] = []
+    for each, (record, subject) in chosen.items():
         try:
-            rows.append(evaluate(name, record, like, args))
+            rows.append(evaluate(each, record, subject, args))
         except (KeyboardInterrupt, SystemExit):  # the latter is Lightning's after the former
-            print(f"stopped at {name}; the rows before it are in {files.named}", file=sys.stderr)
+            kept = f"the rows before it are in {files.named}" if rows else "nothing was measured, and nothing written"
+            print(f"stopped at {each}; {kept}", file=sys.stderr)
             raise
         files.write(rows)
         printer.show(rows[-1])
@@ -93,22 +108,21 @@ def run(args: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
-def evaluate(name: str, record: WeightsRecord | None, like: WeightsRecord | None, args: argparse.Namespace) -> Row:
+def evaluate(name: str, record: WeightsRecord | None, prepare: Callable[[], _Subject], args: argparse.Namespace) -> Row:
     """One row; whatever goes wrong with these weights stands in it."""
-    from zoo import WeightsError, load_pretrained
+    from zoo import WeightsError
     from zoo.records import ORIGINAL
 
     absent = record is not None and record.source == ORIGINAL and not record.path.is_file()
     parameters = None if record is None else record.num_parameters
     try:
-        model = load_pretrained(name)
-        parameters = sum(p.numel() for p in model.parameters())
-        evaluation = _evaluation(name, record, like, model)
+        subject = prepare()
+        parameters = sum(p.numel() for p in subject.model.parameters())
         from .measuring import measure
 
         found = measure(
-            model,
-            evaluation,
+            subject.model,
+            subject.evaluation,
             split=args.split,
             device=args.device,
             batch_size=args.batch_size,
@@ -124,6 +138,7 @@ def evaluate(name: str, record: WeightsRecord | None, like: WeightsRecord | None
         return Row(name, FAILED, f"{type(error).__name__}: {error}", parameters, _metrics(record, {}, args.split))
     metrics = _metrics(record, found.metrics, args.split)
     status, message = _judged(record, metrics, args.limit)
+    message = "; ".join(filter(None, [message, subject.chosen]))
     own = {key: value for key, value in vars(found).items() if key != "metrics"}
     return Row(name, status, message, parameters, metrics, **own)
 
@@ -156,53 +171,77 @@ def _metrics(record: WeightsRecord | None, found: Mapping[str, float], split: st
     return [Metric(key, found.get(key), recorded.get(key), published.get(key)) for key in names]
 
 
-def _evaluation(
-    name: str, record: WeightsRecord | None, like: WeightsRecord | None, model: nn.Module
-) -> Mapping[str, Any]:
-    """The task and the data: of the record, or of ``--as``; of a checkpoint; of the only record of a file's model.
+class _Subject(NamedTuple):
+    """What is evaluated: the model, on which task and data, and how that was chosen, unless by its record."""
+
+    model: nn.Module
+    evaluation: Mapping[str, Any]
+    chosen: str = ""
+
+
+def _recorded(record: WeightsRecord, like: WeightsRecord | None) -> _Subject:
+    """Weights by their record, which says how they are evaluated, or else ``--as`` does.
 
     Raises:
-        ValueError: there is none, or there are several.
+        ValueError: neither does.
+        WeightsError: they cannot be loaded.
     """
-    from lightning_modules.checkpoints import read_checkpoint
-    from zoo import spec_of
+    from zoo import load_pretrained
+
+    model = load_pretrained(record.name)
+    if record.evaluation is not None or like is None:
+        return _Subject(model, _evaluation(record))
+    return _Subject(model, _evaluation(like), f"measured as {like.name} is")
+
+
+def _given(source: str, name: str, like: WeightsRecord | None) -> _Subject:
+    """Weights of a source, evaluated as ``--as`` is, or on their run's data, or as the only record of their model is.
+
+    Raises:
+        ValueError: there is no such source, or none of the three, or several.
+        WeightsError: they cannot be loaded.
+    """
+    from zoo import load_pretrained, spec_of
+    from zoo.locating import TORCHVISION, find
+    from zoo.pickles import is_pickle
     from zoo.records import list_weights
 
-    from .measuring import evaluation_of
-
-    for chosen in (record, like):
-        if chosen is not None and chosen.evaluation is not None:
-            return chosen.evaluation
-    if record is not None:
-        raise ValueError(
-            f"the record of {name} does not say how it is evaluated; name weights that are evaluated on the same task "
-            "and data (--as NAME)"
-        )
-    path = Path(name.removeprefix("file:"))
-    if path.is_dir():
-        path = path / "checkpoints" / "best.ckpt"
-    if path.suffix == ".ckpt" and path.is_file():
-        return evaluation_of(read_checkpoint(str(path))["made_by"])
+    path = None if source.startswith(TORCHVISION) else find(source, None, None, None).path
+    model = load_pretrained(path or source)
+    if like is not None:
+        return _Subject(model, _evaluation(like), f"measured as {like.name} is")
+    if path is not None and is_pickle(path):
+        return _Subject(model, _evaluation_of_run(path), "measured on the data of its run")
     arch = spec_of(model).model
     same = {each.name: each.evaluation for each in list_weights() if each.model == arch and each.evaluation}
     if len(same) != 1:
         known = f"several weights of {arch} do: {', '.join(same)}" if same else f"no weights of {arch} do"
-        raise ValueError(
-            f"{name} does not say how it is evaluated, and {known}; name weights that are evaluated on the same task "
-            "and data (--as NAME)"
-        )
-    return next(iter(same.values()))
+        raise ValueError(f"{name} does not say how it is evaluated, and {known}; {_ADVICE}")
+    ((only, evaluation),) = same.items()
+    return _Subject(model, evaluation, f"measured as {only} is")
 
 
-def _require_source(pattern: str) -> None:
-    """Raise ValueError, which names what is near, for a pattern that matches no name and can be nothing else."""
-    from zoo.implicit.choices import nearest
-    from zoo.records import list_weights
+def _evaluation(record: WeightsRecord) -> Mapping[str, Any]:
+    if record.evaluation is None:
+        raise ValueError(f"the record of {record.name} does not say how it is evaluated; {_ADVICE}")
+    return record.evaluation
 
-    if ":" in pattern or "/" in pattern or Path(pattern).exists() or pattern.endswith((".ckpt", ".safetensors")):
-        return
-    names = [record.name for record in list_weights()]
-    raise ValueError(f"no weights match {pattern!r}.{nearest(pattern.replace('*', ''), names)}")
+
+def _evaluation_of_run(path: Path) -> Mapping[str, Any]:
+    """The task and the data of the run that wrote a checkpoint."""
+    from lightning_modules.checkpoints import CheckpointError, read_checkpoint
+
+    from .measuring import evaluation_of
+
+    try:
+        return evaluation_of(read_checkpoint(str(path))["made_by"])
+    except CheckpointError as error:
+        raise ValueError(str(error)) from None
+
+
+def _may_be_a_source(pattern: str) -> bool:
+    """Whether what matches no name can be something else that ``load_pretrained`` takes."""
+    return ":" in pattern or "/" in pattern or Path(pattern).exists() or pattern.endswith((".ckpt", ".safetensors"))
 
 
 def _require_device(device: str) -> None:
@@ -215,6 +254,14 @@ def _require_device(device: str) -> None:
 
 def _is_bad(row: Row) -> bool:
     return row.status in {NOT_REPRODUCED, FAILED}
+
+
+def _out(text: str) -> str:
+    """``runs/table.md`` -> ``runs/table``."""
+    name = re.sub(r"\.(csv|json|md)$", "", expanded(text))
+    if Path(name).name in {"", ".."}:
+        raise argparse.ArgumentTypeError(f"takes the name of files to write, like runs/table; given: {text!r}")
+    return name
 
 
 def _count(text: str) -> int:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 import platform
 import time
 from collections import Counter
@@ -121,6 +122,8 @@ def _minus(a: float | None, b: float | None) -> float | None:
 class Files:
     """NAME.csv, NAME.json and NAME.md, with all rows so far.
 
+    Numbers that JSON does not have are the words ``"nan"``, ``"inf"`` and ``"-inf"`` in it.
+
     Each is written beside its place and then moved there: an interruption leaves the one before.
 
     Raises:
@@ -147,7 +150,7 @@ class Files:
         width = max((len(row.weights) for row in rows), default=0)
         contents = (
             "".join([_csv_line(CSV), *(_csv_lines(row) for row in rows)]),
-            json.dumps({**self.made, "rows": [asdict(row) for row in rows]}, indent=2) + "\n",
+            _json({**self.made, "rows": [asdict(row) for row in rows]}, indent=2) + "\n",
             f"# Evaluation\n\n{asked}; {machine}.\n\n{LEGEND}\n\n"
             + "".join([_header(width), *(_markdown_lines(row, width) for row in rows)])
             + "".join(f"\n- {line}" for line in _messages(rows))
@@ -174,6 +177,19 @@ def _machine() -> dict[str, Any]:
     }
 
 
+def _json(value: Any, indent: int | None = None) -> str:
+    return json.dumps(_in_words(value), indent=indent, allow_nan=False)
+
+
+def _in_words(value: Any) -> Any:
+    """Plain data whose numbers are finite, or else words."""
+    if isinstance(value, dict):
+        return {key: _in_words(item) for key, item in value.items()}
+    if isinstance(value, list):
+        return [_in_words(item) for item in value]
+    return str(value) if isinstance(value, float) and not math.isfinite(value) else value
+
+
 CSV = ("weights", *COLUMNS, "seconds", "message")
 
 
@@ -192,13 +208,19 @@ MOST_SAID = 5
 WIDTHS = {"status": 14, "metric": 19, "published_difference": 10}
 
 
-def _cells(cells: Sequence[str], width: int, fill: str = " ") -> str:
-    widths = [width, *(WIDTHS.get(key, max(9, len(title))) for key, title in COLUMNS.items())]
-    return "| " + " | ".join(cell.ljust(size, fill) for cell, size in zip(cells, widths, strict=True)) + " |\n"
+def _widths(width: int) -> list[int]:
+    """Of all columns; the first has the names of weights, of which the longest has this width."""
+    return [max(width, len("weights")), *(WIDTHS.get(key, max(9, len(title))) for key, title in COLUMNS.items())]
+
+
+def _line(cells: Sequence[str], width: int) -> str:
+    from zoo.cards import markdown_row  # not before it is needed, as torch
+
+    return markdown_row(cells, _widths(width)) + "\n"
 
 
 def _header(width: int) -> str:
-    return _cells(["weights", *COLUMNS.values()], width) + _cells(["-"] * (1 + len(COLUMNS)), width, "-")
+    return _line(["weights", *COLUMNS.values()], width) + _line(["-" * size for size in _widths(width)], width)
 
 
 def _markdown_lines(row: Row, width: int) -> str:
@@ -207,7 +229,7 @@ def _markdown_lines(row: Row, width: int) -> str:
     lines = []
     for n, line in enumerate(row.lines()):
         shown = [line[key] if n == 0 or key not in own else None for key in COLUMNS]
-        lines.append(_cells([row.weights if n == 0 else "", *map(_shown, shown)], width))
+        lines.append(_line([row.weights if n == 0 else "", *map(_shown, shown)], width))
     return "".join(lines)
 
 
@@ -258,7 +280,7 @@ class JsonPrinter:
         """Nothing stands before the lines."""
 
     def show(self, row: Row) -> None:
-        print(json.dumps(asdict(row)), flush=True)
+        print(_json(asdict(row)), flush=True)
 
     def end(self, rows: Sequence[Row], where: str) -> None:
         """Nothing stands after the lines."""

@@ -7,6 +7,7 @@ import dataclasses
 import io
 import json
 import os
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +21,9 @@ import commands.measuring
 from commands.measuring import evaluation_of, measure
 from commands.tables import Metric, Row
 from tests.command_line import Fitted, refused, rows
+from tests.servers import Reply, serving
 from tests.toy_weights import publish
-from zoo import load_pretrained
+from zoo import create_model, load_pretrained, save_weights
 from zoo.records import ORIGINAL, find_record, list_weights, save_record
 
 TOY = "tanh_deq.toy"
@@ -37,14 +39,23 @@ def change(name: str = TOY, **changes: Any) -> None:
     save_record(dataclasses.replace(find_record(name), **changes))
 
 
+@pytest.fixture(scope="module")
+def measured() -> dict[str, float]:
+    """The accuracies of the toy, whose weights are always the same."""
+    torch.manual_seed(0)
+    found = measure(
+        create_model("tanh_deq", width=6, contraction=0.7).eval(), DIGITS, split="both", device="cpu"
+    ).metrics
+    return {key: found[key] for key in ("val_accuracy", "test_accuracy")}
+
+
 @pytest.fixture
-def toy(weights_folder: Path) -> dict[str, float]:
+def toy(weights_folder: Path, measured: dict[str, float]) -> dict[str, float]:
     """A toy published with its record; the metrics that are right."""
+    torch.manual_seed(0)
     publish(TOY)
-    found = measure(load_pretrained(TOY), DIGITS, split="both", device="cpu").metrics
-    right = {key: found[key] for key in ("val_accuracy", "test_accuracy")}
-    change(evaluation=DIGITS, metrics=right)
-    return right
+    change(evaluation=DIGITS, metrics=measured)
+    return dict(measured)
 
 
 def evaluate(*args: str) -> int:
@@ -161,20 +172,58 @@ def test_a_checkpoint_of_a_run_is_tested_on_its_own_data(fitted: Fitted) -> None
     assert evaluate(fitted.best) == 0
     (row,) = table()
     (tested,) = [line for line in rows(fitted.folder / "metrics.csv") if line["test/accuracy"]]
-    assert row.status == "measured"
+    assert (row.status, row.message) == ("measured", "measured on the data of its run")
     found = {metric.name: metric.value for metric in row.metrics}
     assert found["test_accuracy"] == pytest.approx(float(tested["test/accuracy"]))
 
 
-def test_a_file_is_tested_as_the_weights_of_its_model_are(toy: dict[str, float], weights_folder: Path) -> None:
+@pytest.mark.parametrize("written", ["run", "run/checkpoints", "~/run", "file:run/checkpoints/best.ckpt"])
+def test_a_run_is_tested_on_its_own_data_however_it_is_called(
+    written: str, fitted: Fitted, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And not on those of the shipped weights of its model."""
+    monkeypatch.setenv("HOME", str(Path.cwd()))
+    Path("run/checkpoints").mkdir(parents=True)
+    shutil.copy(fitted.best, "run/checkpoints")
+    assert evaluate(written, "--limit", "1", "--split", "val") == 0
+    assert table()[0].message == "1 batches only; measured on the data of its run"
+
+
+@pytest.mark.parametrize("source", ["runs/version_9", "nowhere.ckpt", "torchvision:Raft_Large_Weights.V3", "hf:x"])
+def test_a_mistyped_source_leaves_files_as_they_are(source: str, capsys: pytest.CaptureFixture[str]) -> None:
+    for ending in ("csv", "json", "md"):
+        Path(f"table.{ending}").write_text("of before")
+    refused(capsys, "evaluate", source, "--out", "table")
+    assert {path.name: path.read_text() for path in Path().iterdir()} == {
+        f"table.{ending}": "of before" for ending in ("csv", "json", "md")
+    }
+
+
+def test_secrets_of_an_address_are_not_written(toy: dict[str, float], weights_folder: Path) -> None:
+    with serving() as server:
+        server.replies["/a.safetensors"] = Reply((weights_folder / f"{TOY}.safetensors").read_bytes())
+        assert evaluate(f"{server.url}/a.safetensors?token=SECRET", "--limit", "1", "--split", "val") == 0
+        assert table()[0].weights == f"{server.url}/a.safetensors"
+    for ending in ("csv", "json", "md"):
+        assert "SECRET" not in Path(f"table.{ending}").read_text()
+
+
+def test_a_file_is_tested_as_the_weights_of_its_model_are(
+    toy: dict[str, float], weights_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     file = str(weights_folder / f"{TOY}.safetensors")
     assert evaluate(file) == 0
+    assert table()[0].message == f"measured as {TOY} is"
     assert {metric.name: metric.value for metric in table()[0].metrics}["test_accuracy"] == toy["test_accuracy"]
     publish("tanh_deq.other")
     change("tanh_deq.other", evaluation=DIGITS)
-    assert evaluate(file) == 1
-    assert "several weights of tanh_deq do: tanh_deq.other, tanh_deq.toy" in table()[0].message
+    capsys.readouterr()
+    assert evaluate(file) == 2
+    assert "several weights of tanh_deq do: tanh_deq.other, tanh_deq.toy" in capsys.readouterr().err
     assert evaluate(file, "--as", TOY) == 0
+    change("tanh_deq.other", evaluation=None)
+    assert evaluate(file, "--as", "tanh_deq.other") == 2
+    assert "the record of tanh_deq.other does not say how it is evaluated; name" in capsys.readouterr().err
 
 
 def test_a_pattern_that_matches_nothing_names_what_is_near(capsys: pytest.CaptureFixture[str]) -> None:
@@ -182,6 +231,9 @@ def test_a_pattern_that_matches_nothing_names_what_is_near(capsys: pytest.Captur
     assert "no weights match 'tanh_deq.digit?x'" in message
     assert "Did you mean 'tanh_deq.digits'?" in message
     assert "unknown weights 'tanh'" in refused(capsys, "evaluate", "*", "--as", "tanh")
+    message = refused(capsys, "evaluate", "tanh_deq.digits", "--source", "original")
+    assert message == "1 weights match 'tanh_deq.digits', and none of them is original: tanh_deq.digits is shipped"
+    assert "Known: deq_flow_nano.synthetic, " in refused(capsys, "evaluate", "torch*", "--source", "shipped")
     assert not list(Path().iterdir())
 
 
@@ -190,8 +242,23 @@ def test_what_cannot_be_done_is_said_before_anything_is_measured(capsys: pytest.
         assert "--device cuda is not available here" in refused(capsys, "evaluate", "*", "--device", "cuda")
     assert "--limit: takes a whole number, at least 1; given: 'x'" in refused(capsys, "evaluate", "*", "--limit", "x")
     assert "at least 1; given: '0'" in refused(capsys, "evaluate", "*", "--batch_size", "0")
+    for name in (".", "..", "/", ".csv"):
+        message = refused(capsys, "evaluate", "*", "--out", name)
+        assert message == f"argument --out: takes the name of files to write, like runs/table; given: {name!r}"
     Path("file").touch()
     assert "file" in refused(capsys, "evaluate", "tanh*", "--out", "file/table")
+
+
+def test_names_of_files_and_folders_at_home(toy: dict[str, float], monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("HOME", str(Path.cwd() / "home"))
+    change(evaluation=IMAGENET)
+    cli_status = 0
+    try:
+        cli.main(["evaluate", TOY, "--out=~/table.md", "--data_root=~/images"])
+    except SystemExit as done:
+        cli_status = int(str(done.code))
+    assert cli_status == 1, "there are no images"
+    assert str(Path.cwd() / "home" / "images") in Path("home/table.md").read_text()
 
 
 # ---------------------------------------------------------------------------------------------------- what is not there
@@ -302,6 +369,47 @@ def test_the_three_files_and_what_is_printed_say_the_same(
     assert f"| {toy['test_accuracy']:.4f}" in markdown
     assert "- tanh_deq.images, not here: " in markdown
     assert {path.name for path in Path().iterdir() if path.is_file()} == {"table.csv", "table.json", "table.md"}
+
+
+def test_figures_that_are_no_numbers_are_json_too(
+    toy: dict[str, float], weights_folder: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Those of a model that diverges."""
+    model = load_pretrained(TOY)
+    for parameter in model.parameters():
+        parameter.data.fill_(float("nan"))
+    save_weights(model, "nan.safetensors")
+    capsys.readouterr()
+    assert evaluate("nan.safetensors", "--limit", "1", "--format", "json") == 0
+
+    def refuse(word: str) -> None:
+        pytest.fail(f"{word} is no JSON")
+
+    printed = json.loads(capsys.readouterr().out, parse_constant=refuse)
+    assert json.loads(Path("table.json").read_text(), parse_constant=refuse)["rows"] == [printed]
+    assert {"nan", "inf"} & {printed["residual"], printed["spectral_radius"]}
+
+
+@pytest.mark.parametrize("name", ["a|b.safetensors", "x"])
+def test_a_table_has_its_columns_whatever_the_name(name: str, toy: dict[str, float], weights_folder: Path) -> None:
+    shutil.copy(weights_folder / f"{TOY}.safetensors", name)
+    assert evaluate(f"./{name}" if name == "x" else name, "--limit", "1", "--split", "val") == 0
+    lines = [line for line in Path("table.md").read_text().splitlines() if line.startswith("| ")]
+    assert len(lines) == 4, "two of its head"
+    assert len({line.count("|") for line in lines}) == 1
+    assert "|" in name or len({len(line) for line in lines}) == 1
+
+
+def test_interrupted_at_once_nothing_is_said_to_be_there(
+    toy: dict[str, float], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def interrupted(*args: Any, **options: Any) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(commands.measuring, "measure", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        evaluate(TOY)
+    assert capsys.readouterr().err == f"stopped at {TOY}; nothing was measured, and nothing written\n"
 
 
 def test_an_interruption_loses_no_row(
