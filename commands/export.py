@@ -22,7 +22,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "name", metavar="NAME", help="what zoo.load_pretrained takes: a name of cli.py list, a file, a .ckpt of a run"
     )
     parser.add_argument(
-        "out", metavar="OUT", type=Path, help="the file to write, .onnx or .pt2 (torch.export), in a folder that exists"
+        "out",
+        metavar="OUT",
+        type=lambda text: Path(text).expanduser(),
+        help="the file to write, .onnx or .pt2 (torch.export), in a folder that exists",
     )
     parser.add_argument(
         "--size", metavar="HxW", help="height and width of images, like 64x96; the graph takes no other"
@@ -62,10 +65,8 @@ def run(args: argparse.Namespace) -> None:
 
     out: Path = args.out
     check_target(out)
-    if not out.parent.is_dir():
-        raise ValueError(f"there is no folder {out.parent}; make it, or choose another for {out.name}")
-    if out.is_dir() or (out.exists() and not args.force):
-        raise ValueError(f"{out} is there already; " + ("it is a folder" if out.is_dir() else "--force replaces it"))
+    if out.exists() and not args.force:
+        raise ValueError(f"{out} is there already; --force replaces it")
     if args.batch < 1:
         raise ValueError(f"--batch takes an integer >= 1; given: {args.batch}")
     size = None if args.size is None else _size(args.size)
@@ -83,7 +84,7 @@ def run(args: argparse.Namespace) -> None:
 
 def _size(text: str) -> tuple[int, int]:
     found = re.fullmatch(r"(\d+)x(\d+)", text)
-    if not found or "0" in found.groups():
+    if not found or min(map(int, found.groups())) < 1:
         raise ValueError(f"--size takes a height and a width, like 64x96; given: {text!r}")
     return int(found[1]), int(found[2])
 
@@ -98,7 +99,11 @@ def _change_solver(model: nn.Module, **changes: Any) -> None:
 
 def _in_words(found: Agreement) -> str:
     """One line of how the graph and the model agree."""
-    values = f"largest difference {found.difference:.1e} in {found.compared} of {found.batch} samples"
+    values = (
+        f"largest difference {found.difference:.1e} in {found.compared} of {found.batch} samples"
+        if found.compared
+        else "NO VALUES COMPARED"
+    )
     if not found.steps:
         return values
     steps, model_steps = (" ".join(map(str, x)) for x in (found.steps, found.model_steps))

@@ -307,7 +307,7 @@ class DEQFlow(nn.Module):
             InputError: the images are not as described; see the class.
         """
         self.check_images(image1, image2)
-        F1, F2 = self.features(torch.cat([image1, image2])).chunk(2)
+        F1, F2 = self.features(torch.cat([image1, image2])).tensor_split(2)
         states = self.solved(F1, F2, self.context(image1), trajectory=trajectory)
         flows = [self.upsampled(state, image1.shape[2:]) for state in states]
         return flows[-1] if trajectory is None else flows
@@ -319,7 +319,7 @@ class DEQFlow(nn.Module):
             InputError: the images, or the start, are not as described; see the class.
         """
         self.check_images(image1, image2)
-        F1, F2 = self.features(torch.cat([image1, image2])).chunk(2)
+        F1, F2 = self.features(torch.cat([image1, image2])).tensor_split(2)
         (state,) = self.solved(F1, F2, self.context(image1), start)
         return self.upsampled(state, image1.shape[2:]), state
 

@@ -194,6 +194,7 @@ def test_an_unrolled_cell_and_computed_weights(tmp_path: Path) -> None:
     zoo.implicit.normalize_weights(toy.deq.cell, "contractive", bound=0.5)  # by a decomposition that ONNX has not
     exported = zoo.export(toy.train(), tmp_path / "toy.onnx", inputs(2))
     assert exported.checks[0].steps == (3, 3)
+    assert exported.checks[0].compared == 2  # converged or not
     assert toy.training
     assert nn.utils.parametrize.is_parametrized(toy.deq.cell.linear)
     assert "Loop" not in {node.op_type for node in onnx.load(tmp_path / "toy.onnx").graph.node}
@@ -262,13 +263,15 @@ class TwoLayers(nn.Module):
         (Toy(solver=Newton()), "toy.pt2", [inputs(2)], "Newton has no form as a graph.*FixedPointIteration, Anderson"),
         (Toy(solver=Anderson(bfloat16_until=5e-3)), "toy.pt2", [inputs(2)], "bfloat16_until=None"),
         (TwoLayers(), "two.pt2", [inputs(2)], "one equilibrium.*has 2: first, second"),
+        (Toy(), "toy.pt2", [inputs(2), inputs(2)], "Toy is not called with 2 inputs: too many positional arguments"),
+        (Toy(), "nowhere/toy.pt2", [inputs(2)], "there is no folder .*nowhere; make it"),
         (Toy(), "toy.pt2", [], "what a Toy takes is not known"),
         (Toy(), "toy.pt2", [3], "one row a sample.*given: int"),
         (Toy(), "toy.pt2", [inputs(0)], "one sample at least"),
         (Toy().bfloat16(), "toy.pt2", [inputs(2).bfloat16()], r"Export model.float\(\)"),
-        (zoo.create_model("mdeq_nano"), "m.pt2", [], r"of which height and width the graph's are \(size\)"),
+        (zoo.create_model("mdeq_nano"), "m.pt2", [], r"of which height and width, >= 1, the graph's are \(size\)"),
         (zoo.create_model("mdeq_nano"), "m.pt2", [torch.rand(2, 3, 8, 8)], "with 1 channels"),
-        (zoo.create_model("deq_transformer_nano"), "t.pt2", [], r"how many positions L the graph takes \(length\)"),
+        (zoo.create_model("deq_transformer_nano"), "t.pt2", [], r"how many positions L >= 1 the graph takes"),
     ],
 )  # fmt: skip
 def test_mistakes_are_named_and_nothing_is_written(
@@ -304,6 +307,20 @@ def test_a_graph_that_does_something_else_is_refused() -> None:
         agreement(task, run(0, 1), task.example, 1e-4)
     with pytest.raises(ExportError, match="differs from the model's by nan"):
         agreement(task, run(torch.nan, 0), task.example, 1e-4)
+
+    def unsolved(x: tuple[Tensor, ...]) -> dict[str, Tensor]:
+        return run(0, 0)(x) | {"converged": torch.zeros(2, dtype=torch.bool), "residual": torch.ones(2)}
+
+    with pytest.raises(
+        ExportError, match=r"sample 0 has converged is False with a residual of 1\.0e\+00, and in the mod"
+    ):
+        agreement(task, unsolved, task.example, 1e-4)
+
+
+def test_what_was_not_compared_is_told(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    exported = zoo.export(Toy(solver=FixedPointIteration(tol=0, max_steps=2)), tmp_path / "toy.pt2", inputs(2))
+    assert all(check.compared == 0 and np.isnan(check.difference) for check in exported.checks)
+    assert f"{tmp_path / 'toy.pt2'} was not compared with the model" in caplog.text
 
 
 @pytest.mark.filterwarnings("ignore::zoo.implicit.ConvergenceWarning")  # of random weights

@@ -7,6 +7,7 @@ the model's own solver, tolerance and number of steps; and it tells how that wen
 from __future__ import annotations
 
 import importlib.util
+import logging
 import os
 import tempfile
 import warnings
@@ -24,6 +25,8 @@ from .examples import another, example_inputs
 from .tasks import Task
 
 __all__ = ["Agreement", "ExportError", "Exported", "check_target", "example_inputs", "export"]
+
+log = logging.getLogger("zoo")
 
 ONNX, PROGRAM = ".onnx", ".pt2"
 BATCH = "batch"
@@ -62,7 +65,7 @@ def export(
     Args:
         model: of the zoo, or your own with at most one :class:`~zoo.implicit.DEQ` in it; it is not changed. Solvers are
             ``FixedPointIteration``, ``Anderson`` and ``Broyden``; ``compact`` means nothing in a graph.
-        path: ends in ``.onnx`` or ``.pt2``; a file that is there is replaced.
+        path: ends in ``.onnx`` or ``.pt2``, in a folder that exists; a file that is there is replaced.
         inputs: what the model is called with, an example; :func:`example_inputs` makes some, and does so where none are
             given. A run may have another number of samples; all other sizes are those of the example.
         check: run the graph, with onnxruntime or as the reloaded program, on the example and on a random batch of
@@ -78,7 +81,7 @@ def export(
         >>> model = zoo.load_pretrained("mdeq_nano.digits")
         >>> zoo.export(model, "digits.onnx", torch.rand(1, 1, 8, 8))
     """
-    path = Path(path)
+    path = Path(path).expanduser()
     check_target(path, check=check)
     task = Task(model, inputs or example_inputs(model))
     example = task.example
@@ -86,7 +89,6 @@ def export(
         outputs = task(*example)  # the model itself refuses what does not fit it
         program = _traced(task)
     checks: list[Agreement] = []
-    path.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=path.parent, prefix=".export-") as folder:
         written = Path(folder, path.name)
         if path.suffix == ONNX:
@@ -98,6 +100,8 @@ def export(
             checks = [agreement(task, run, batch, tolerance) for batch in (example, another(example))]
         for file in Path(folder).iterdir():
             file.replace(path.parent / file.name)
+    if checks and not any(found.compared for found in checks):
+        log.warning("%s was not compared with the model: no sample converged in as many steps in both", path)
     return Exported(
         path,
         {name: (BATCH, *x.shape[1:]) for name, x in zip(task.input_names, example, strict=True)},
@@ -107,9 +111,13 @@ def export(
 
 
 def check_target(path: Path, *, check: bool = True) -> None:
-    """Raise ExportError unless ``path`` has a known suffix and the packages that it needs are there."""
+    """Raise ExportError unless ``path`` has a known suffix, can be a file, and the packages that it needs are there."""
     if path.suffix not in (ONNX, PROGRAM):
         raise ExportError(f"export writes {ONNX} and {PROGRAM} files; given: {path.name!r}")
+    if not path.parent.is_dir():
+        raise ExportError(f"there is no folder {path.parent}; make it, or choose another for {path.name}")
+    if path.is_dir():
+        raise ExportError(f"{path} is there already; it is a folder")
     needed = ["onnx", "onnxscript"] + ["onnxruntime"] * check
     missing = [name for name in needed if path.suffix == ONNX and importlib.util.find_spec(name) is None]
     if missing:

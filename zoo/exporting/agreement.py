@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,6 +15,8 @@ from zoo.implicit.exported import GraphReport
 from .errors import ExportError
 from .tasks import Task
 
+_NEAR = 10  # times the tolerance: so near, rounding may decide whether a sample has converged
+
 Runner = Callable[[tuple[Tensor, ...]], dict[str, Tensor]]
 """A graph that was read from its file."""
 
@@ -24,10 +27,11 @@ class Agreement:
 
     Rounding differs between them, so a sample whose residual is about ``tol`` may take a step more in one of them; and
     what has not converged may be anywhere. So values are compared where both made the same number of steps and
-    converged.
+    converged, and everywhere if the cell is unrolled.
 
     Attributes:
-        difference: the largest difference of an output, divided by that output's largest value where this is above 1.
+        difference: the largest difference of an output, divided by that output's largest value where this is above 1;
+            NaN if nothing was compared.
         compared: samples whose values were compared, of ``batch``.
         steps: of each sample in the graph; empty for a model without an equilibrium.
         model_steps: likewise in the model.
@@ -44,7 +48,8 @@ def agreement(task: Task, run: Runner, inputs: tuple[Tensor, ...], tolerance: fl
     """Compare on one batch.
 
     Raises:
-        ExportError: the difference is above ``tolerance``, or no sample could be compared though the model converged.
+        ExportError: the difference is above ``tolerance``; what one of them solved the other did not, by far; or no
+            sample could be compared though the model converged.
     """
     with torch.no_grad():
         wanted = {name: x.cpu() for name, x in task(*inputs).items()}
@@ -52,21 +57,33 @@ def agreement(task: Task, run: Runner, inputs: tuple[Tensor, ...], tolerance: fl
     batch = len(inputs[0])
     same = torch.ones(batch, dtype=torch.bool)
     steps, model_steps = [], []
-    if task.layer is not None:
+    if task.solver is not None:
         steps, model_steps = found["steps"].tolist(), wanted["steps"].tolist()
-        same = wanted["converged"] & found["converged"] & (wanted["steps"] == found["steps"])
-        if wanted["converged"].any() and not same.any():
+        solved = wanted["converged"] & found["converged"]
+        near = torch.maximum(wanted["residual"], found["residual"]) <= _NEAR * task.solver.tol
+        if (differ := ~near & (wanted["converged"] != found["converged"])).any():
+            first = int(differ.int().argmax())
+            told = [f"{x['converged'][first]} with a residual of {x['residual'][first]:.1e}" for x in (found, wanted)]
+            raise ExportError(
+                f"the graph does not solve as the model does: whether sample {first} has converged is {told[0]}, and "
+                f"in the model {told[1]}. Nothing was written"
+            )
+        if not task.is_unrolled:
+            same = solved & (wanted["steps"] == found["steps"])
+        if solved.any() and not same.any():
             raise ExportError(
                 f"the graph does not solve as the model does: it made {steps} steps, and the model {model_steps}. "
                 "Nothing was written"
             )
     differences = {
-        name: float((found[name] - x)[same].abs().amax() / x[same].abs().amax().clamp_min(1)) if same.any() else 0.0
+        name: float((found[name] - x)[same].abs().amax() / x[same].abs().amax().clamp_min(1))
+        if same.any()
+        else math.nan
         for name, x in wanted.items()
         if name not in GraphReport._fields
     }
     worst = max(differences, key=lambda name: differences[name])
-    if not differences[worst] <= tolerance:
+    if same.any() and not differences[worst] <= tolerance:
         raise ExportError(
             f"the graph's {worst} differs from the model's by {differences[worst]:.1e}, more than {tolerance:.1e}. "
             "Nothing was written. A long solve magnifies rounding: if the model differs as much from itself in "

@@ -37,26 +37,28 @@ def example_inputs(
         InputError: what is needed was not given, or does not fit the model; or the model is none of the zoo's.
     """
     generator = torch.Generator().manual_seed(seed)
-    name, device = type(model).__name__, next(model.parameters()).device
+    name, like = type(model).__name__, next(model.parameters())
     if isinstance(model, TextModel):
-        if length is None:
-            raise InputError(f"{name} reads tokens int64 (B, L): say how many positions L the graph takes (length)")
-        return (torch.randint(model.vocab_size, (batch, length), generator=generator).to(device),)
+        if length is None or length < 1:
+            raise InputError(
+                f"{name} reads tokens int64 (B, L): say how many positions L >= 1 the graph takes (length)"
+            )
+        return (torch.randint(model.vocab_size, (batch, length), generator=generator).to(like.device),)
     if length is not None:
         raise InputError(f"length is of a text, and {name} reads none; given: length={length}")
     if isinstance(model, TanhDEQ) and size is None:
-        return (torch.rand(batch, model.injection.in_features, generator=generator).to(device),)
+        return (torch.rand(batch, model.injection.in_features, generator=generator).to(like),)
     if not isinstance(model, TanhDEQ | MDEQ | MDEQSegmenter | ResNet | DEQFlow):
         raise InputError(f"what a {name} takes is not known: give export(model, path, *inputs) an example")
-    if size is None:
-        raise InputError(f"{name} takes images: say of which height and width the graph's are (size)")
+    if size is None or min(size) < 1:
+        raise InputError(f"{name} takes images: say of which height and width, >= 1, the graph's are (size)")
     H, W = size
     if isinstance(model, TanhDEQ):
         channels = max(1, model.injection.in_features // (H * W))
     else:
         channels = 3 if isinstance(model, DEQFlow) else model.in_channels
     coarse = torch.rand(batch, channels, H // 4 + 1, W // 4 + 1, generator=generator)
-    image = F.interpolate(coarse, (H, W), mode="bilinear", align_corners=True).to(device)
+    image = F.interpolate(coarse, (H, W), mode="bilinear", align_corners=True).to(like)
     return (image, image.roll((_SHIFT, _SHIFT), dims=(2, 3))) if isinstance(model, DEQFlow) else (image,)
 
 

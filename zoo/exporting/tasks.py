@@ -13,11 +13,10 @@ from torch.utils import _pytree as pytree
 
 from zoo.errors import InputError
 from zoo.flow import DEQFlow
-from zoo.implicit import DEQ, SolverReport
+from zoo.implicit import DEQ, Solver, SolverReport
 from zoo.implicit.exported import ExportableDEQ, GraphReport
 from zoo.implicit.exported_steps import steps_of
 from zoo.language import TextModel
-from zoo.video import FlowState
 
 from .errors import ExportError
 
@@ -35,6 +34,9 @@ class Task(nn.Module):
     Attributes:
         example: the tensors in these inputs.
         input_names: of each of them, after the model's own arguments.
+        layer: the name of the equilibrium in the model, if it has one.
+        solver: its solver.
+        is_unrolled: whether it is not solved, but its cell applied a number of times.
 
     Raises:
         ExportError: the model cannot be a graph; the message says why.
@@ -51,10 +53,13 @@ class Task(nn.Module):
             )
         self.model = copy.deepcopy(model).eval()
         self.layer = layers[0] if layers else None
+        self.solver: Solver | None = None
+        self.is_unrolled = False
         if self.layer is not None:
             deq = cast(DEQ, self.model.get_submodule(self.layer))
             deq.on_failure = "ignore"  # the outputs tell
-            if deq.unrolled is None:
+            self.solver, self.is_unrolled = deq.solver, deq.unrolled is not None
+            if not self.is_unrolled:
                 try:
                     steps_of(deq.solver)
                 except ValueError as error:
@@ -62,7 +67,10 @@ class Task(nn.Module):
         leaves, self._structure = pytree.tree_flatten(inputs)
         self.example = tuple(leaves)
         _check_tensors(self.example)
-        named = inspect.signature(model.forward).bind(*inputs).arguments
+        try:
+            named = inspect.signature(model.forward).bind(*inputs).arguments
+        except TypeError as error:
+            raise InputError(f"{type(model).__name__} is not called with {len(inputs)} inputs: {error}") from None
         self.input_names = [name for key, value in named.items() for name in _named(key, value)]
 
     def forward(self, *tensors: Tensor) -> dict[str, Tensor]:
@@ -97,11 +105,7 @@ class Task(nn.Module):
 def _outputs(model: nn.Module, inputs: tuple[Any, ...]) -> dict[str, Tensor]:
     """What the model gives; of a language model what users ask for, and not the states that it is read off."""
     if isinstance(model, DEQFlow):
-        image1, image2 = inputs
-        model.check_images(image1, image2)
-        # Its forward halves a batch of both images, whose half a graph does not know to be the number of samples.
-        given = model.injection(model.features(image1), model.features(image2), model.context(image1))
-        return {"flow": model.upsampled(FlowState(*model.deq(*given)[0]), image1.shape[2:])}
+        return {"flow": model(*inputs)}
     if not isinstance(model, TextModel):
         return _named("output", model(*inputs))
     h, memory = model(*inputs)

@@ -46,8 +46,8 @@ class ExportableDEQ(nn.Module):
         if self.unrolled is None:
             steps_of(self.solver)
 
-    def forward(self, *inputs: State, z0: State | None = None) -> tuple[State, GraphReport]:
-        """z* and the report of the solve.
+    def forward(self, *inputs: State, z0: State | None = None, trajectory: None = None) -> tuple[State, GraphReport]:
+        """z* and the report of the solve; no trajectory, which a graph does not keep.
 
         Raises:
             ValueError: the state is of a narrower dtype than float32, or of several dtypes.
