@@ -5,10 +5,12 @@
 """
 
 import inspect as _inspect
+import warnings as _warnings
 from collections.abc import Callable as _Callable
 from typing import Any as _Any
 
 import zoo as _zoo
+from zoo.blobs import shown as _shown
 from zoo.implicit.choices import nearest as _nearest
 from zoo.weights import is_source as _is_source
 
@@ -34,9 +36,34 @@ def _source(model: str, weights: str | bool) -> str:
     source = str(weights)
     if source in known:
         return known[source].name
-    if not _is_source(source) and not set("./:") & set(source):
+    if not source or (not _is_source(source) and not set("./:") & set(source)):
         raise ValueError(f"{model} has no weights {source!r}.{_nearest(source, sorted(known))}")
     return source
+
+
+def _loaded(source: str, name: str, arguments: dict[str, _Any]) -> _Any:
+    """Pretrained weights, if they are of this model; warnings have the line that calls ``torch.hub.load``."""
+    with _warnings.catch_warnings(record=True) as said:
+        model = _zoo.load_pretrained(source, **arguments)
+    found = _zoo.spec_of(model).model
+    if found != name:
+        raise ValueError(f"weights={_shown(source)!r} are of {found}, not of {name}; load them by that name")
+    for each in said:
+        _warnings.warn(each.message, stacklevel=5)  # this, the entry, and two functions of torch.hub
+    return model
+
+
+def _check(model: str, arguments: dict[str, _Any]) -> None:
+    """Raise ValueError for what a model with random weights does not take."""
+    known = ["weights", *_inspect.signature(_zoo.registry.builder_of(model)).parameters]
+    of_weights = set(_inspect.signature(_zoo.load_pretrained).parameters) - set(known)
+    for key in arguments:
+        if key == "pretrained":
+            raise ValueError(f"{model} has no argument 'pretrained': weights=True takes the one set that ships")
+        if key in of_weights:
+            raise ValueError(f"{key}= is about weights, and {model} without weights= starts at random")
+        if key not in known:
+            raise ValueError(f"{model} has no argument {key!r}.{_nearest(key, known)}")
 
 
 def _model(name: str) -> _Callable[..., _Any]:
@@ -44,14 +71,11 @@ def _model(name: str) -> _Callable[..., _Any]:
 
     def entry(weights: str | bool | None = None, **arguments: _Any) -> _Any:
         if weights is None or weights is False:
+            _check(name, arguments)
             return _zoo.create_model(name, **arguments)
-        model = _zoo.load_pretrained(_source(name, weights), **arguments)
-        found = _zoo.spec_of(model).model
-        if found != name:
-            raise ValueError(f"weights={weights!r} are of {found}, not of {name}; load them by that name")
-        return model
+        return _loaded(_source(name, weights), name, arguments)
 
-    builder = _zoo.registry._MODELS[name].builder  # noqa: SLF001 - for its documentation only
+    builder = _zoo.registry.builder_of(name)
     known = [f"        - {tag!r}: {record.trained_on} ({record.source})" for tag, record in _weights_of(name).items()]
     entry.__name__ = entry.__qualname__ = name
     entry.__doc__ = "\n".join(
@@ -76,7 +100,7 @@ def _weights(record: _zoo.WeightsRecord) -> _Callable[..., _Any]:
     """The entry of a set of weights."""
 
     def entry(**arguments: _Any) -> _Any:
-        return _zoo.load_pretrained(record.name, **arguments)
+        return _loaded(record.name, record.model, arguments)
 
     entry.__name__ = entry.__qualname__ = record.name
     measured = ", ".join(f"{key} {value:.4g}" for key, value in record.metrics.items())

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -112,6 +113,7 @@ def test_a_file(tmp_path: Path) -> None:
             "weights=True takes the one set of weights that ships for a model, and resnet has 0; give its",
         ),
         ("mdeq_nano", "tanh_deq.digits", "weights='tanh_deq.digits' are of tanh_deq, not of mdeq_nano"),
+        ("mdeq_nano", "", "mdeq_nano has no weights ''. Known: digits."),
         ("mdeq_nano", "mdeq_nano.digitz", "unknown weights 'mdeq_nano.digitz'. Did you mean 'mdeq_nano.digits'?"),
     ],
 )
@@ -119,6 +121,38 @@ def test_mistaken_weights(entry: str, weights: str | bool, told: str) -> None:
     with pytest.raises(ValueError, match="weights") as error:
         load(entry, weights=weights)
     assert told in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "told"),
+    [
+        ({"pretrained": True}, "mdeq_nano has no argument 'pretrained': weights=True takes the one set that ships"),
+        ({"offline": True}, "offline= is about weights, and mdeq_nano without weights= starts at random"),
+        ({"sha256": "a" * 64}, "sha256= is about weights"),
+        ({"weight": "digits"}, "mdeq_nano has no argument 'weight'. Did you mean 'weights'? Known: weights, "),
+        ({"channel": (8, 16)}, "mdeq_nano has no argument 'channel'. Did you mean 'channels'?"),
+    ],
+)
+def test_mistaken_arguments(arguments: dict[str, Any], told: str) -> None:
+    with pytest.raises(ValueError, match="mdeq_nano") as error:
+        load("mdeq_nano", **arguments)
+    assert str(error.value).startswith(told)
+
+
+def test_a_file_of_another_model_is_refused_without_a_warning(tmp_path: Path) -> None:
+    zoo.save_weights(zoo.create_model("tanh_deq", width=3), tmp_path / "x.safetensors")
+    with warnings.catch_warnings(record=True) as said:
+        warnings.simplefilter("always")
+        with pytest.raises(ValueError, match="are of tanh_deq, not of mdeq_nano"):
+            load("mdeq_nano", weights=str(tmp_path / "x.safetensors"), num_classes=3)
+    assert said == []
+
+
+@pytest.mark.parametrize(("entry", "weights"), [("tanh_deq", {"weights": "digits"}), ("tanh_deq.digits", {})])
+def test_a_warning_has_the_line_of_the_user(entry: str, weights: dict[str, str]) -> None:
+    with pytest.warns(zoo.ReinitializedWarning) as said:
+        torch.hub.load(str(ROOT), entry, source="local", num_classes=3, **weights)
+    assert [each.filename for each in said] == [__file__]
 
 
 def test_the_entries_have_their_names() -> None:
