@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import json
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 import zoo
 from commands import measuring
@@ -59,6 +60,13 @@ def state_of(name: str) -> dict[str, Tensor]:
     return state
 
 
+@cache
+def without_memory(name: str, arguments: str) -> nn.Module:
+    """The model of a record, whose arguments are JSON; made once for all records that have the same."""
+    with torch.device("meta"):
+        return zoo.create_model(name, **json.loads(arguments))
+
+
 # ----------------------------------------------------------------------------------------------- what the files will be
 
 
@@ -75,9 +83,8 @@ def test_a_record_is_of_the_model_that_its_file_will_be(name: str) -> None:
         read = json.loads(json.dumps(spec.arguments))
         assert (record.model, record.arguments) == (spec.model, {**read, **CHOSEN.get(record.name, {})})
         assert record.num_parameters == sum(parameter.numel() for parameter in model.parameters())
-        with torch.device("meta"):
-            made = zoo.create_model(record.model, **record.arguments)
-        assert {k: v.shape for k, v in made.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
+        made = without_memory(record.model, json.dumps(record.arguments)).state_dict()
+        assert {k: v.shape for k, v in made.items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
 def test_every_published_file_has_a_record() -> None:
@@ -121,8 +128,8 @@ ONE_OF_EACH = {(record.model, json.dumps(record.evaluation)): record for record 
 def test_a_record_can_be_evaluated(record: zoo.WeightsRecord) -> None:
     """Its task takes the model, and its data module exists; the data are not here."""
     evaluation: Any = record.evaluation
+    model = without_memory(record.model, json.dumps(record.arguments))
     with torch.device("meta"):
-        model = zoo.create_model(record.model, **record.arguments)
         assert measuring._task(model, evaluation["task"]).model is model
     root = evaluation["data"]["init_args"]["root"]
     assert measuring._data(evaluation["data"], None, "elsewhere").root == "elsewhere" != root
