@@ -37,8 +37,8 @@ def without_memory(spec: ModelSpec, overrides: Mapping[str, Any], state: Mapping
         if overrides:
             raise
         raise WeightsError(
-            f"{where} names a model {spec.model!r} that cannot be made here: {_first_line(error)}; nothing was loaded. "
-            "It needs a zoo that has this model"
+            f"{where} names a model {spec.model[:80]!r} that cannot be made here: {_first_line(error)}; nothing was "
+            "loaded. It needs a zoo that has this model"
         ) from None
 
 

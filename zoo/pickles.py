@@ -13,14 +13,15 @@ import pickletools
 import warnings
 import zipfile
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from types import FunctionType
 from typing import Any
 
 import torch
-from torch import UntypedStorage
+from torch import Tensor, UntypedStorage
 from torch._weights_only_unpickler import Unpickler, _get_allowed_globals
+from torch.serialization import StorageType
 from torch.storage import TypedStorage
 
 from .errors import WeightsError
@@ -30,6 +31,23 @@ _ZIP = b"PK\x03\x04"
 _PICKLES = {b"\x80", b"(", b"c"}  # how they begin, mostly
 _MARKED_AS_FOLDER = 0x10
 _OLD_FORMAT = 5  # pickles in a row: a number, the format's version, the writer's machine, the content, its storages
+
+
+_NEEDED = {
+    "collections.OrderedDict",
+    "collections.Counter",  # of schedules
+    "torch._utils._rebuild_tensor",
+    "torch._utils._rebuild_tensor_v2",
+    "torch._utils._rebuild_parameter",
+    "torch.nn.parameter.Parameter",
+    "torch.Size",
+    "torch.device",
+    "builtins.set",
+    "builtins.complex",
+    "_codecs.encode",  # of bytes
+    *(name for name, kind in _get_allowed_globals().items() if isinstance(kind, torch.dtype | StorageType)),
+}
+"""What tensors and plain data are made with. ``torch.load`` allows more, also what takes a size and so much memory."""
 
 
 def is_pickle(path: str | os.PathLike[str]) -> bool:
@@ -82,32 +100,29 @@ def read_pickle(
     except WeightsError:
         raise
     except Exception as error:  # noqa: BLE001 - bytes that are no checkpoint make a reader raise anything
-        if asked := _refused_imports(file, is_zip=is_zip):
-            raise WeightsError(
-                f"{where} holds more than tensors and plain data, so loading it could run code, and it was refused; "
-                f"nothing was loaded. It asks for {_list(asked)}. Where you trust its source, open it yourself "
-                "with torch.load(path, weights_only=False), and save its state dict alone"
-            ) from None
         reason = next(iter(str(error).splitlines()), "") or type(error).__name__
         raise WeightsError(f"{where} is damaged, or not a {kind}: {reason}") from None
 
 
 def _check_archive(file: io.BytesIO, where: str) -> None:
-    """Raise WeightsError unless all checksums are right, and no tensor is declared larger than its part."""
+    """Raise WeightsError unless all checksums are right, and it holds tensors and data, none larger than its part."""
     with zipfile.ZipFile(file) as archive:
         # Of what torch.save writes no part is compressed or a folder; torch.load would not read what is marked as a
         # folder, and return whatever is in memory.
         parts = archive.infolist()
         names = [part.filename for part in parts]
         strange = [part.filename for part in parts if not _is_plain(part)]
-        strange += [name for name, count in Counter(names).items() if count > 1]
+        seen = Counter(name.lower() for name in names)  # as torch's reader finds them
+        strange += [name for name in names if seen[name.lower()] > 1]
         damaged = strange[0] if strange else archive.testzip()
         if damaged is not None:
             raise WeightsError(f"{where} is damaged: its part {damaged} does not match its checksum or its kind")
         folder = names[0].partition("/")[0]
         prefix = f"{folder}/data/"
         sizes = {p.filename.removeprefix(prefix): p.file_size for p in parts if p.filename.startswith(prefix)}
-        _read_without_tensors(io.BytesIO(archive.read(f"{folder}/data.pkl")), where, lambda key: sizes.get(key, -1))
+        content = archive.read(f"{folder}/data.pkl")
+        _refuse_imports([io.BytesIO(content)], where)
+        _read_without_tensors(io.BytesIO(content), where, lambda key: sizes.get(key, -1))
 
 
 def _is_plain(part: zipfile.ZipInfo) -> bool:
@@ -116,8 +131,10 @@ def _is_plain(part: zipfile.ZipInfo) -> bool:
 
 
 def _check_old_format(file: io.BytesIO, where: str) -> None:
-    """Raise WeightsError where the tensors are declared larger than the file."""
+    """Raise WeightsError where it holds more than tensors and data, or they are declared larger than the file."""
     size = file.seek(0, io.SEEK_END)
+    file.seek(0)
+    _refuse_imports([file] * _OLD_FORMAT, where)
     file.seek(0)
     for _ in range(_OLD_FORMAT):
         declared = sum(_read_without_tensors(file, where, lambda _: size).values())
@@ -162,22 +179,26 @@ def _too_large(where: str, declared: int, there: int) -> str:
     return f"{where} is damaged: it declares {declared:,} bytes of tensors where it has {there:,}; nothing was loaded"
 
 
-def _refused_imports(file: io.BytesIO, *, is_zip: bool) -> list[str]:
-    """What a file's pickles ask for and torch.load refuses, sorted, as far as they can be read."""
+def _refuse_imports(pickles: Iterable[io.BytesIO], where: str) -> None:
+    """Raise WeightsError where a pickle asks for something that is neither in ``_NEEDED`` nor allowed by the user.
+
+    Args:
+        pickles: read to the end of each; where one is damaged, as far as it can be read.
+        where: they come from.
+    """
     asked: set[str] = set()
-    file.seek(0)
     with contextlib.suppress(Exception):  # what is damaged asks for no more than what was read until there
-        if is_zip:
-            with zipfile.ZipFile(file) as archive:
-                pickles = [io.BytesIO(archive.read(name)) for name in archive.namelist() if name.endswith(".pkl")]
-        else:
-            pickles = [file] * _OLD_FORMAT
         for pickled in pickles:
             for name in _imports(pickled):
                 asked.add(name)
     allowed = torch.serialization.get_safe_globals()
     by_user = {f"{x.__module__}.{x.__qualname__}" for x in allowed if isinstance(x, type | FunctionType)}
-    return sorted(asked - _get_allowed_globals().keys() - by_user)
+    if refused := sorted(asked - _NEEDED - by_user):
+        raise WeightsError(
+            f"{where} holds more than tensors and plain data, so loading it could run code, and it was refused; "
+            f"nothing was loaded. It asks for {_list(refused)}. Where you trust its source, open it yourself "
+            "with torch.load(path, weights_only=False), and save its state dict alone"
+        )
 
 
 def _imports(pickled: io.BytesIO) -> Iterator[str]:
@@ -205,6 +226,16 @@ def _imports(pickled: io.BytesIO) -> Iterator[str]:
 
 def _dotted(module: str, name: str) -> str:
     return f"{module.replace('__builtin__', 'builtins')}.{name}"
+
+
+def refuse_hollow(state: Mapping[str, Tensor], where: str) -> None:
+    """Raise WeightsError where a tensor has fewer numbers than its shape says, as one with steps of 0 has."""
+    for key, value in state.items():
+        if value.untyped_storage().nbytes() < value.numel() * value.element_size():
+            raise WeightsError(
+                f"{where} is damaged: its {key[:80]!r} has shape {tuple(value.shape)}, and is made of "
+                f"{value.untyped_storage().nbytes():,} bytes; nothing was loaded"
+            )
 
 
 def _list(names: list[str], most: int = 6) -> str:

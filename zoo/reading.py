@@ -12,7 +12,7 @@ from torch import Tensor
 
 from .errors import WeightsError
 from .locating import Found
-from .pickles import is_pickle, read_pickle
+from .pickles import is_pickle, read_pickle, refuse_hollow
 from .registry import ModelSpec
 from .weight_files import read_weights
 
@@ -68,7 +68,7 @@ def state_of_checkpoint(
     """The tensors of the model in what a checkpoint of a run holds; averaged ones where there are, which is logged.
 
     Raises:
-        WeightsError: there are none.
+        WeightsError: there are none, or they have fewer numbers than their shapes say.
     """
     key = "state_dict"
     if "current_model_state" in content:  # as Lightning's WeightAveraging writes it
@@ -81,4 +81,5 @@ def state_of_checkpoint(
     state = content.get(key)
     if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
         raise WeightsError(f"{path} is damaged: its {key!r} is no mapping of names to tensors")
+    refuse_hollow(state, os.fspath(path))
     return {k.removeprefix(_OF_THE_MODEL): value for k, value in state.items() if k.startswith(_OF_THE_MODEL)}

@@ -21,6 +21,7 @@ import torch
 
 import zoo
 from tests.command_line import ROOT, same
+from zoo.originals.mdeq import original_name
 from zoo.pickles import is_pickle, read_pickle
 
 
@@ -196,11 +197,11 @@ for count in (2**28, 2**33, 2**60):
 """
 
 
-def old_of(count: int) -> bytes:
-    """A file in torch's old format with one tensor, which is declared so long."""
+def old_of(count: int, content: bytes | None = None) -> bytes:
+    """A file in torch's old format with one tensor, which is declared so long; or with what is given."""
     magic = pickle.dumps(torch.serialization.MAGIC_NUMBER, 2)
     version, machine = pickle.dumps(torch.serialization.PROTOCOL_VERSION, 2), pickle.dumps({"little_endian": True}, 2)
-    tensor = tensor_of(count).replace(b"tQ", b"NtQ")  # it has views of storages too
+    tensor = content or tensor_of(count).replace(b"tQ", b"NtQ")  # it has views of storages too
     return magic + version + machine + tensor + pickle.dumps(["0"], 2) + struct.pack("<q", count % 2**62) + bytes(16)
 
 
@@ -219,6 +220,44 @@ def test_nothing_is_allocated_for_what_is_not_there(tmp_path: Path) -> None:
     assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.parametrize(
+    "name", ["builtins.bytearray", "torch.Tensor", "torch.FloatTensor", "torch.storage.UntypedStorage"]
+)
+@pytest.mark.parametrize("in_zip", [True, False])
+def test_what_takes_a_size_is_not_called(name: str, in_zip: bool, tmp_path: Path) -> None:
+    """torch.load calls these, with 2^40 here."""
+    module, _, word = name.rpartition(".")
+    call = f"c{module}\n{word}\n".encode() + b"\x8a\x06" + (2**40).to_bytes(6, "little") + b"\x85R."
+    path = tmp_path / "a.pth"
+    path.write_bytes(archive_of(b"\x80\x02" + call, {}) if in_zip else old_of(4, b"\x80\x02" + call))
+    with pytest.raises(zoo.WeightsError, match=f"^{path} holds more than tensors .* It asks for {name}. "):
+        read_pickle(path)
+
+
+@pytest.mark.parametrize("tensor", [torch.zeros(2, device="meta"), torch.zeros(2).to_sparse()], ids=["meta", "sparse"])
+def test_tensors_without_numbers_are_refused(tensor: torch.Tensor, tmp_path: Path) -> None:
+    torch.save({"a": tensor}, tmp_path / "a.pth")
+    with pytest.raises(zoo.WeightsError, match=r"holds more than tensors .* It asks for torch\._utils\._rebuild_"):
+        read_pickle(tmp_path / "a.pth")
+
+
+def test_one_number_is_no_matrix(tmp_path: Path) -> None:
+    """A step of 0 makes a tensor of any size of it, and a model of that size."""
+    path = tmp_path / "a.ckpt"
+    with torch.device("meta"):
+        model = zoo.create_model("tanh_deq", width=2**20)
+    state = {f"model.{key}": torch.zeros(()).expand(value.shape) for key, value in model.state_dict().items()}
+    torch.save({"deq_zoo_model": {"model": "tanh_deq", "arguments": {"width": 2**20}}, "state_dict": state}, path)
+    with pytest.raises(
+        zoo.WeightsError, match=rf"^{path} is damaged: its 'model\.[\w.]+' has shape .* of 4 bytes; noth"
+    ):
+        zoo.load_pretrained(path)
+    shapes = {original_name(key, segmenter=False): x for key, x in zoo.create_model("mdeq_tiny").state_dict().items()}
+    torch.save({key: torch.zeros(()).expand(x.shape) for key, x in shapes.items()}, tmp_path / "a.pth")
+    with pytest.raises(zoo.WeightsError, match=r"is damaged: its '.*' has shape .* of 4 bytes"):
+        zoo.load_original(tmp_path / "a.pth", stem_stride=1)
+
+
 def test_a_bomb(tmp_path: Path) -> None:
     """Compressed to a thousandth."""
     path = tmp_path / "a.pth"
@@ -228,14 +267,15 @@ def test_a_bomb(tmp_path: Path) -> None:
         read_pickle(path)
 
 
-def test_two_parts_of_one_name(tmp_path: Path) -> None:
-    """Python's zipfile reads the last, torch another."""
+@pytest.mark.parametrize("name", ["data.pkl", "DATA.PKL"])
+def test_two_parts_of_one_name(name: str, tmp_path: Path) -> None:
+    """Python's zipfile reads the last, torch another, whose names have no case."""
     file = io.BytesIO(archive_of(tensor_of(4), {"data/0": bytes(16)}))
     with warnings.catch_warnings(), zipfile.ZipFile(file, "a") as archive:
         warnings.simplefilter("ignore")
-        archive.writestr("archive/data.pkl", tensor_of(4))
+        archive.writestr(f"archive/{name}", tensor_of(4))
     (tmp_path / "a.pth").write_bytes(file.getvalue())
-    with pytest.raises(zoo.WeightsError, match=r"is damaged: its part archive/data\.pkl does not match"):
+    with pytest.raises(zoo.WeightsError, match=r"(?i)is damaged: its part archive/data\.pkl does not match"):
         read_pickle(tmp_path / "a.pth")
 
 

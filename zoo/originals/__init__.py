@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 from torch import Tensor, nn
 
 from zoo.errors import WeightsError
-from zoo.pickles import is_pickle, read_pickle
+from zoo.pickles import is_pickle, read_pickle, refuse_hollow
 from zoo.weight_files import read_weights
 
 from . import flow, mdeq, transformer
@@ -157,4 +157,5 @@ def _state_dict(loaded: object, where: str) -> dict[str, Tensor]:
         if name in state:
             raise WeightsError(f"{where} has two tensors for {name!r}, which differ in the prefix; one is {key!r}")
         state[name] = value
+    refuse_hollow(state, where)
     return state
