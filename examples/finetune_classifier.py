@@ -15,6 +15,7 @@ from torch.utils.data import DataLoader, Subset, TensorDataset, random_split
 from torchvision.datasets import ImageFolder
 from torchvision.transforms import v2
 
+import zoo
 from datamodules import DigitsDataModule
 from lightning_modules import ImageClassifier
 
@@ -46,6 +47,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", metavar="FOLDER")
     parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--out", default="finetuned_classifier.safetensors", help="the file that is written")
     given = parser.parse_args()
 
     pl.seed_everything(0)
@@ -56,6 +58,8 @@ def main() -> None:
     (before,) = trainer.test(module, loader, verbose=False)
     trainer.fit(module, DataLoader(train, batch_size=min(20, len(train)), shuffle=True, drop_last=True), loader)
     (after,) = trainer.test(module, loader, verbose=False)
+    zoo.save_weights(module.model, given.out)
+    print(f"Wrote {given.out}; model = zoo.load_pretrained({given.out!r}) brings it back")
     print(f"accuracy on {len(test)} other images: {before['test/accuracy']:.3f}, now {after['test/accuracy']:.3f}")
 
 

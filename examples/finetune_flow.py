@@ -14,11 +14,12 @@ from typing import Any
 import numpy as np
 import pytorch_lightning as pl
 import torch
-from torch import Tensor
-from torch.utils.data import DataLoader, Dataset, random_split
-from torchvision.transforms.v2 import RandomCrop
+from torch import Tensor, nn
+from torch.utils.data import DataLoader, Dataset, Subset
+from torchvision.transforms.v2 import CenterCrop, RandomCrop
 from torchvision.transforms.v2 import functional as F
 
+import zoo
 from datamodules import SyntheticFlowDataModule
 from datamodules.files import read_rgb
 from datamodules.published_flow import read_flow_png
@@ -37,9 +38,10 @@ def read_flo(path: Path) -> tuple[Tensor, Tensor]:
 
 
 class Pairs(Dataset[tuple[Tensor, ...]]):
-    """``(image1, image2, flow, valid)`` of each NAME in FOLDER, cut to HEIGHT x WIDTH at a random place."""
+    """``(image1, image2, flow, valid)`` of each NAME in FOLDER, cut to HEIGHT x WIDTH by ``cut``."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, cut: nn.Module) -> None:
+        self.cut = cut
         self.flows = sorted(path for path in Path(folder).glob("*_flow.*") if path.suffix in (".flo", ".png"))
         self.images = [[self._image(path, part) for part in ("img1", "img2")] for path in self.flows]
         if len(self.flows) < 5:
@@ -64,7 +66,7 @@ class Pairs(Dataset[tuple[Tensor, ...]]):
         path = self.flows[i]
         flow, known = read_flow_png(str(path)) if path.suffix == ".png" else read_flo(path)
         whole = torch.cat([first, second, flow, known.unsqueeze(0).float()])
-        cut: Tensor = RandomCrop((HEIGHT, WIDTH), pad_if_needed=True)(whole)  # what is padded is not known
+        cut: Tensor = self.cut(whole)  # what is padded is not known
         return cut[:3], cut[3:6], cut[6:8], cut[8] > 0
 
 
@@ -72,6 +74,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", metavar="FOLDER")
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--out", default="finetuned_flow.safetensors", help="the file that is written")
     given = parser.parse_args()
 
     pl.seed_everything(0)
@@ -80,7 +83,11 @@ def main() -> None:
     if given.folder is None:
         train, _, test = SyntheticFlowDataModule(height=HEIGHT, width=WIDTH, max_shift=16.0, test_size=32).splits
     else:
-        train, test = random_split(Pairs(given.folder), (0.8, 0.2), torch.Generator().manual_seed(0))
+        train = Pairs(given.folder, RandomCrop((HEIGHT, WIDTH), pad_if_needed=True))
+        test = Pairs(given.folder, CenterCrop((HEIGHT, WIDTH)))  # the same part of each, before and after
+        fifth = max(len(test) // 5, 1)
+        order = torch.randperm(len(test), generator=torch.Generator().manual_seed(0)).tolist()
+        train, test = Subset(train, order[fifth:]), Subset(test, order[:fifth])
     module = OpticalFlow(MODEL, pretrained=WEIGHTS, freeze=FREEZE, losses=4, lr=5e-4, schedule="one_cycle")
     trainer = pl.Trainer(
         max_steps=given.steps, logger=False, enable_checkpointing=False, limit_val_batches=0, gradient_clip_val=1.0
@@ -89,6 +96,8 @@ def main() -> None:
     (before,) = trainer.test(module, loader, verbose=False)
     trainer.fit(module, DataLoader(train, batch_size=min(4, len(train)), shuffle=True, drop_last=True), loader)
     (after,) = trainer.test(module, loader, verbose=False)
+    zoo.save_weights(module.model, given.out)
+    print(f"Wrote {given.out}; model = zoo.load_pretrained({given.out!r}) brings it back")
     print(
         f"EPE on {len(test)} other pairs, pixels: {before['test/epe']:.2f}, now {after['test/epe']:.2f}; "
         f"of no flow {after['test/epe_zero']:.2f}"

@@ -24,6 +24,7 @@ def main() -> None:
     parser.add_argument("folder", nargs="?", metavar="FOLDER")
     parser.add_argument("--pattern", default="**/*.txt", help="which files of FOLDER")
     parser.add_argument("--steps", type=int, default=120)
+    parser.add_argument("--out", default="finetuned_language_model.safetensors", help="the file that is written")
     given = parser.parse_args()
 
     pl.seed_everything(0)
@@ -49,6 +50,8 @@ def main() -> None:
     (before,) = trainer.test(module, data, verbose=False)
     trainer.fit(module, data)
     (after,) = trainer.test(module, data, verbose=False)
+    zoo.save_weights(module.model, given.out)
+    print(f"Wrote {given.out}; model = zoo.load_pretrained({given.out!r}) brings it back")
     was, now = (found["test/bits_per_byte"] for found in (before, after))
     print(f"bits per byte on {len(data.splits.test):,} other bytes: {was:.3f}, now {now:.3f}")
 

@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, random_split
 from torchvision.transforms.v2 import functional as F
 
+import zoo
 from datamodules import DigitScenesDataModule
 from datamodules.files import read_image
 from lightning_modules import SemanticSegmenter
@@ -66,6 +67,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", nargs="?", metavar="FOLDER")
     parser.add_argument("--epochs", type=int, default=3)
+    parser.add_argument("--out", default="finetuned_segmenter.safetensors", help="the file that is written")
     given = parser.parse_args()
 
     pl.seed_everything(0)
@@ -86,6 +88,8 @@ def main() -> None:
     (before,) = trainer.test(module, loader, verbose=False)
     trainer.fit(module, DataLoader(train, batch_size=min(16, len(train)), shuffle=True, drop_last=True), loader)
     (after,) = trainer.test(module, loader, verbose=False)
+    zoo.save_weights(module.model, given.out)
+    print(f"Wrote {given.out}; model = zoo.load_pretrained({given.out!r}) brings it back")
     print(f"mean IoU on {len(test)} other images: {before['test/miou']:.3f}, now {after['test/miou']:.3f}")
 
 

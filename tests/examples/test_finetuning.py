@@ -14,6 +14,7 @@ import pytest
 import torch
 from PIL import Image
 
+import zoo
 from lightning_modules.flow_files import write_flo, write_kitti
 from tests.command_line import ROOT
 
@@ -39,6 +40,8 @@ def run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureF
         recipe.main()
         last = capsys.readouterr().out.splitlines()[-1]
         before, after = re.findall(r": ([\d.]+), now ([\d.]+)", last)[0]
+        written = zoo.load_pretrained(f"finetuned_{name}.safetensors")
+        assert zoo.spec_of(written).model == recipe.MODEL
         return float(before), float(after)
 
     return run
