@@ -59,7 +59,7 @@ def read_checkpoint(path: str, typed: str = "") -> dict[str, Any]:
             f"{'state_dict' if not isinstance(state, dict) else 'deq_zoo_classes'}; "
             f"it holds {', '.join(sorted(map(str, content)))}"
         )
-    hyper_parameters = {k: v for k, v in content.get("hyper_parameters", {}).items() if k not in STARTS}
+    hyper_parameters = {k: None if k in STARTS else v for k, v in content.get("hyper_parameters", {}).items()}
     made_by = {"model": {"class_path": classes["model"], "init_args": hyper_parameters}}
     if "data" in classes:
         data = {k: v for k, v in content.get("datamodule_hyper_parameters", {}).items() if not k.startswith("_")}
