@@ -74,6 +74,8 @@ def _check(model: str, patterns: tuple[str, ...], names: list[str]) -> None:
     if not patterns:
         raise ValueError(f"give patterns of the names of parameters of this {model}, like {parts[0][0]}.*. {begin}")
     for pattern in patterns:
+        if not isinstance(pattern, str):
+            raise TypeError(f"give patterns one by one, freeze(model, *patterns); given: {pattern!r}")
         if any(fnmatch.fnmatchcase(name, pattern) for name in names):
             continue
         groups = [".".join((*part[:k], "*")) for part in parts for k in range(1, len(part))]

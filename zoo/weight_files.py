@@ -70,15 +70,21 @@ def save_weights(model: nn.Module, path: str | os.PathLike[str]) -> ModelSpec:
 
     Raises:
         ValueError: the model was not made by :func:`zoo.create_model` or :func:`zoo.load_pretrained`.
+        WeightsError: the path is a folder, or in none.
     """
     import safetensors.torch
 
     spec = spec_of(model)
+    path = Path(path).expanduser()
+    if path.is_dir() or not path.parent.is_dir():
+        what = f"{path} is a folder" if path.is_dir() else f"there is no folder {path.parent}"
+        raise WeightsError(
+            f"weights cannot be written to {path}: {what}; give the path of a file in a folder that exists"
+        )
     state = {key: value.detach().cpu().contiguous() for key, value in model.state_dict().items()}
     content = ((key, _DTYPE_NAMES[x.dtype], tuple(x.shape), _bytes_of(x)) for key, x in sorted(state.items()))
     made_of = {"model": spec.model, "arguments": spec.arguments}
     header = {_OURS: json.dumps({**made_of, "digest": _digest(made_of, content)}, sort_keys=True)}
-    path = Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         unfinished.write_bytes(safetensors.torch.save(state, metadata=header))

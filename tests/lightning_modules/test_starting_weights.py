@@ -126,6 +126,26 @@ def test_any_source(stage: Any, form: str, tmp_path: Path) -> None:
         assert same(state(other(**{start: source})), dict(weights))
 
 
+def test_paths_and_suffixes_are_the_users(stage: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    weights, folder = stage
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.bin").write_bytes((folder / "things.ckpt").read_bytes())
+    assert same(state(other(weights_from="~/a.bin")), dict(weights))
+
+
+@pytest.mark.parametrize("name", ["things.ckpt", "things.safetensors"])
+def test_what_no_shape_tells_is_compared(stage: Any, name: str, caplog: pytest.LogCaptureFixture) -> None:
+    weights, folder = stage
+    other(weights_from=str(folder / name))
+    assert not caplog.messages
+    module = OpticalFlow(model_args={**SMALL, "all_grad": False, "solver": "Anderson"}, weights_from=str(folder / name))
+    assert same(state(module), dict(weights))
+    (message,) = caplog.messages
+    assert message == (
+        f"the weights in {folder / name} fit, but were trained with other arguments: all_grad=True, and now False"
+    )
+
+
 @pytest.mark.parametrize("beside", [{"pretrained": "deq_flow_nano.x"}, {"backbone": "deq_flow_nano.x"}])
 def test_one_start_is_enough(beside: dict[str, str]) -> None:
     with pytest.raises(

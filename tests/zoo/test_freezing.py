@@ -177,3 +177,8 @@ def test_a_pattern_that_matches_nothing_changes_nothing(patterns: list[str], mes
         with pytest.raises(ValueError, match=message):
             change(SMALL, *patterns)
     assert trainable(SMALL) == ALL
+
+
+def test_patterns_are_given_one_by_one() -> None:
+    with pytest.raises(TypeError, match=r"give patterns one by one, freeze\(model, \*patterns\); given: \['stem"):
+        zoo.freeze(zoo.create_model("mdeq_nano"), ["stem.*"])  # type: ignore[arg-type]

@@ -227,3 +227,14 @@ def test_a_file_is_in_memory_once(tmp_path: Path) -> None:
     data[-256:] = bytes(256)
     assert not state["b"].any()
     assert state["a"].all()
+
+
+@pytest.mark.parametrize(
+    ("path", "told"), [("nowhere/a.safetensors", "there is no folder .*nowhere"), ("", "is a folder")]
+)
+def test_where_nothing_can_be_written(path: str, told: str, tmp_path: Path) -> None:
+    with pytest.raises(
+        zoo.WeightsError, match=rf"^weights cannot be written to {tmp_path / path}: .*{told}; give the pa"
+    ):
+        save_weights(zoo.create_model("tanh_deq", width=6), tmp_path / path)
+    assert not [*tmp_path.iterdir()]

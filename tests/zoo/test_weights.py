@@ -476,6 +476,18 @@ def test_an_original_is_loaded_and_pinned(original: Any, tmp_path: Path) -> None
         zoo.load_pretrained("mdeq_tiny.theirs")
 
 
+def test_an_original_in_a_cache_that_is_only_read(original: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    path, model = original
+    put(path, model)
+
+    def refuse(*_: Any, **__: Any) -> None:
+        raise PermissionError("read-only")
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    assert same(state(zoo.load_pretrained("mdeq_tiny.theirs")), state(model))
+    assert [file.name for file in path.parent.iterdir()] == [path.name]
+
+
 def test_an_original_of_a_recorded_sha256(original: Any) -> None:
     path, model = original
     digest = put(path, model)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import re
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any, NamedTuple
 
 from torch import Tensor, nn
@@ -84,7 +85,7 @@ def load_original(source: str | os.PathLike[str] | Mapping[str, Any], **override
         where: str = "the given mapping"
         loaded: object = source
     elif isinstance(source, str | os.PathLike):
-        where, loaded = os.fspath(source), read_original(source)
+        where, loaded = os.fspath(source), read_original(Path(source).expanduser())
     else:
         raise TypeError(
             f"load_original takes a path or a state dict; given: {type(source).__name__}. Of a module, give its "
@@ -132,7 +133,13 @@ def read_original(path: str | os.PathLike[str], *, check: Callable[[bytes | byte
     Raises:
         WeightsError: it cannot be read, is damaged, or has more in it than that.
     """
-    return read_pickle(path, check=check) if is_pickle(path) else read_weights(path, check=check)[1]
+    if not is_pickle(path):
+        return read_weights(path, check=check)[1]
+    loaded = read_pickle(path, check=check)
+    found = loaded.get("state_dict", loaded) if isinstance(loaded, Mapping) else loaded
+    if isinstance(found, Mapping):
+        refuse_hollow({str(key): value for key, value in found.items() if isinstance(value, Tensor)}, os.fspath(path))
+    return loaded
 
 
 def _state_dict(loaded: object, where: str) -> dict[str, Tensor]:
@@ -157,5 +164,4 @@ def _state_dict(loaded: object, where: str) -> dict[str, Tensor]:
         if name in state:
             raise WeightsError(f"{where} has two tensors for {name!r}, which differ in the prefix; one is {key!r}")
         state[name] = value
-    refuse_hollow(state, where)
     return state

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -50,5 +51,8 @@ def read_recorded(found: Found, record: WeightsRecord) -> tuple[ModelSpec, dict[
         )
     beside = _beside(found.path)
     if not beside.exists():
-        beside.write_text(f"{seen[0]}  {found.path.name}\n", encoding="utf-8")
+        with contextlib.suppress(OSError):  # where users may read only, it stays unpinned
+            new = beside.with_name(f".{beside.name}.{os.getpid()}")
+            new.write_text(f"{seen[0]}  {found.path.name}\n", encoding="utf-8")
+            new.replace(beside)
     return spec, model.state_dict()
