@@ -6,7 +6,7 @@ import math
 
 import pytest
 import torch
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 from torch.nn.functional import grid_sample
@@ -47,6 +47,10 @@ class SparseUnsized(SparsePlaces):
     spare = 0
 
 
+CLEAR = 0.999999
+"""What the third channel of :func:`linear_pair` is above where nothing but the images is seen: 1, but for rounding."""
+
+
 def positions(height: int, width: int) -> Tensor:
     """x and y of the centre of each pixel, measured from the image's corner: ``(2, H, W)``."""
     y, x = torch.meshgrid(torch.arange(height) + 0.5, torch.arange(width) + 0.5, indexing="ij")
@@ -79,6 +83,7 @@ def seen_at(image: Tensor, at: Tensor) -> Tensor:
 
 
 @given(height=st.integers(60, 150), width=st.integers(60, 150), seed=st.integers(0, 2**31))
+@example(height=149, width=149, seed=149)  # a pixel of which a part of 3e-4 is erased
 @settings(max_examples=40, deadline=None)
 def test_image_2_at_the_end_of_the_flow_shows_image_1(height, width, seed):
     """Warping image 2 back by the new flow gives image 1, after any scale, stretch, mirror and crop."""
@@ -90,7 +95,7 @@ def test_image_2_at_the_end_of_the_flow_shows_image_1(height, width, seed):
     assert valid.dtype == torch.bool
     assert bool(valid.all())
     shown = seen_at(image2, positions(48, 56) - 0.5 + flow)
-    clear = (image1[2] > 0.99999) & (shown[2] > 0.99999)
+    clear = (image1[2] > CLEAR) & (shown[2] > CLEAR)
     of_a_pixel = 4 * max(height, width) * (shown - image1)[:2, clear].abs()
     assert bool((of_a_pixel < 0.01).all())
 
@@ -101,7 +106,7 @@ def test_most_of_each_pair_is_compared_above():
     for _ in range(40):
         image1, image2, flow, _ = DensePlaces(48, 56, -0.4, 0.8)(*linear_pair(100, 120))
         shown = seen_at(image2, positions(48, 56) - 0.5 + flow)
-        shares.append(float(((image1[2] > 0.99999) & (shown[2] > 0.99999)).float().mean()))
+        shares.append(float(((image1[2] > CLEAR) & (shown[2] > CLEAR)).float().mean()))
     assert sum(share > 0.6 for share in shares) > 20
 
 
@@ -122,7 +127,7 @@ def test_sparse_points_keep_their_targets(height, width, seed):
     vectors = new_flow * slope.view(2, 1, 1)
     expected = linear(A, old) + B.view(2, 1, 1)
     within = A.abs() @ slope.abs() / 2  # half a new pixel
-    inner = new_valid & (image1[2] > 0.99999)
+    inner = new_valid & (image1[2] > CLEAR)
     assert bool(((vectors - expected).abs()[:, inner] < within.view(2, 1) + 0.01).all())
     nearest = torch.cdist(vectors[:, new_valid].T, flow[:, valid].T).amin(dim=1)
     assert bool((nearest < 0.01).all()), "each is one of the given vectors, not a mean of some"
