@@ -2,17 +2,19 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.callbacks import WeightAveraging
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -24,6 +26,8 @@ from zoo.registry import plain
 
 from .optimizers import Cosine, OneCycle, WarmUp, make_optimizer
 from .starting_weights import load_weights
+
+log = logging.getLogger("zoo")
 
 OBSERVED = 4
 """Samples of a batch whose spectral radius is looked at: each costs 20 vectors of the size of its state."""
@@ -199,6 +203,7 @@ class EquilibriumModule(pl.LightningModule):
         self.warmup_steps = warmup_steps
         self.warmup_fraction = warmup_fraction
         self.schedule_margin = schedule_margin
+        self._in_silence = ExitStack()
         self._make_optimizer()  # what it refuses is said now
         self.save_plain_hyperparameters(**given)
 
@@ -224,7 +229,26 @@ class EquilibriumModule(pl.LightningModule):
     def on_fit_start(self) -> None:
         """Lightning need not warn of modules in eval mode where these are the frozen normalisations, and no other."""
         if frozen := frozen_statistics(self.model):
+            self._in_silence.enter_context(warnings.catch_warnings())
             warnings.filterwarnings("ignore", message=rf"Found {len(frozen)} module\(s\) in eval mode")
+
+    def on_train_start(self) -> None:
+        """It has looked by now."""
+        self._in_silence.close()
+
+    def teardown(self, stage: str) -> None:
+        """What a fit that failed before left behind."""
+        self._in_silence.close()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Say so where a run with averages goes on without: from them, and with an optimizer of other weights."""
+        if self._trainer is None or self._trainer.state.fn != "fit" or "current_model_state" not in checkpoint:
+            return
+        if not any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+            log.warning(
+                "the checkpoint has averaged weights, and training goes on from them; give the callback that averages "
+                "too (-c configs/ema.yaml) to go on from those of its last step"
+            )
 
     def inference_spec(self) -> zoo.ModelSpec:
         """What makes the model as it is tested; checkpoints say it, so that ``zoo.load_pretrained`` takes them."""

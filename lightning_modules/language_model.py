@@ -222,6 +222,7 @@ class LanguageModel(EquilibriumModule):
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         """Go on with the memory of the checkpoint, where training goes on."""
+        super().on_load_checkpoint(checkpoint)
         if self._trainer is None or self._trainer.state.fn != "fit":
             return
         memory = checkpoint.get("deq_zoo_memory")

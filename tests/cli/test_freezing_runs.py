@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 
@@ -12,7 +14,9 @@ PRETRAINED = (*TINY[: TINY.index("--model.model_args.width")], "--model.pretrain
 
 
 def test_a_fit_with_a_frozen_equilibrium(capsys: pytest.CaptureFixture[str]) -> None:
+    filters = [*warnings.filters]
     done = fit("-c", DIGITS, *PRETRAINED, "--model.freeze", "[deq.*]", "--model.jacobian_weight", "0.1")
+    assert not any("eval mode" in str(entry[1]) for entry in warnings.filters if entry not in filters)
     start = zoo.load_pretrained("tanh_deq.digits").state_dict()
     end = {key.removeprefix("model."): value for key, value in weights(done.last).items()}
     changed = {key for key, value in start.items() if not torch.equal(value, end[key])}

@@ -122,6 +122,11 @@ def test_onnxruntime_gives_what_the_model_gives_in_as_many_steps(graph: Graph) -
         np.testing.assert_allclose(found["residual"], report.residual, rtol=0.02)
 
 
+def test_onnxruntime_has_nothing_to_say_of_it(graph: Graph, capfd: pytest.CaptureFixture[str]) -> None:
+    onnxruntime.InferenceSession(graph.exported.path, providers=CPU)
+    assert capfd.readouterr().err == ""
+
+
 def test_a_harder_input_takes_more_steps(graph: Graph) -> None:
     easy, hard = (graph.run(*batch) for batch in (graph.case.easy, graph.case.hard))
     assert hard["steps"] > easy["steps"]

@@ -183,12 +183,28 @@ def _arguments(start: str, path: str) -> dict[str, Any]:
     return {start: path, "model_args": sizes}
 
 
-def test_training_goes_on_from_both(averaged: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+GOES_ON = "the checkpoint has averaged weights, and training goes on from them; give the callback that averages"
+
+
+def test_training_that_goes_on_without_averages_says_so(
+    averaged: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    limits = ("--trainer.max_epochs", "2", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1")
+    limits += ("--trainer.log_every_n_steps", "1")
+    main("fit", "--ckpt_path", averaged.last, *QUIET, *limits, "--test_after_fit", "false")
+    assert caplog.text.count(GOES_ON) == 1
+
+
+def test_training_goes_on_from_both(
+    averaged: Fitted, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
     """One more step: the raw weights are those that are trained, the averages go on being counted."""
     monkeypatch.chdir(tmp_path)
     limits = ("--trainer.max_epochs", "2", "--trainer.limit_train_batches", "1", "--trainer.limit_val_batches", "1")
     limits += ("--trainer.log_every_n_steps", "1")
     again = main("fit", "--ckpt_path", averaged.last, *QUIET, *limits, *EMA, "--test_after_fit", "false")
+    assert GOES_ON not in caplog.text
     callback = again.trainer.checkpoint_callback
     assert callback is not None
     path = str(Path(callback.best_model_path).with_name("last.ckpt"))
