@@ -51,7 +51,7 @@ def example_inputs(
     if not isinstance(model, TanhDEQ | MDEQ | MDEQSegmenter | ResNet | DEQFlow):
         raise InputError(f"what a {name} takes is not known: give export(model, path, *inputs) an example")
     if size is None or min(size) < 1:
-        raise InputError(f"{name} takes images: say of which height and width, >= 1, the graph's are (size; --size HxW of cli.py)")
+        raise InputError(f"{name} takes images: give the graph's height and width, >= 1: size=(H, W), or --size HxW")
     H, W = size
     if isinstance(model, TanhDEQ):
         channels = max(1, model.injection.in_features // (H * W))
