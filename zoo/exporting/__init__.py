@@ -136,7 +136,7 @@ def _traced(task: Task) -> ExportedProgram:
 
 
 def _write_onnx(program: ExportedProgram, path: Path, input_names: list[str], output_names: list[str]) -> None:
-    from onnx_ir.passes.common import RemoveUnusedNodesPass
+    from onnxscript.optimizer import remove_unused_nodes
 
     size = sum(x.numel() * x.element_size() for x in program.state_dict.values() if isinstance(x, Tensor))
     with warnings.catch_warnings():
@@ -150,7 +150,7 @@ def _write_onnx(program: ExportedProgram, path: Path, input_names: list[str], ou
             verbose=False,
         )
     assert written is not None  # noqa: S101 - for the type checker
-    RemoveUnusedNodesPass()(written.model)  # also weights, of which onnxruntime would warn
+    remove_unused_nodes(written.model)  # also weights, of which onnxruntime would warn
     for node in written.model.graph.all_nodes():
         node.metadata_props.clear()  # where in whose source each operator stood, most of the file
     written.save(path, external_data=size > _INLINE)
