@@ -275,7 +275,7 @@ class TwoLayers(nn.Module):
         (Toy(), "toy.pt2", [3], "one row a sample.*given: int"),
         (Toy(), "toy.pt2", [inputs(0)], "one sample at least"),
         (Toy().bfloat16(), "toy.pt2", [inputs(2).bfloat16()], r"Export model.float\(\)"),
-        (zoo.create_model("mdeq_nano"), "m.pt2", [], r"of which height and width, >= 1, the graph's are \(size\)"),
+        (zoo.create_model("mdeq_nano"), "m.pt2", [], r"give the graph's height and width, >= 1: size=\(H, W\)"),
         (zoo.create_model("mdeq_nano"), "m.pt2", [torch.rand(2, 3, 8, 8)], "with 1 channels"),
         (zoo.create_model("deq_transformer_nano"), "t.pt2", [], r"how many positions L >= 1 the graph takes"),
     ],
