@@ -92,6 +92,8 @@ def read_pickle(
         if is_zip:
             _check_archive(file, where)
         elif only_zip:
+            file.seek(0)
+            _refuse_imports([file] * _OLD_FORMAT, where)  # which is the graver of the two reasons
             raise zipfile.BadZipFile("File is not a zip file")
         else:
             _check_old_format(file, where)
