@@ -8,7 +8,7 @@ import re
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from .values import parse_value
+from .values import expanded, parse_value
 
 if TYPE_CHECKING:
     from torch import nn
@@ -24,7 +24,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "out",
         metavar="OUT",
-        type=lambda text: Path(text).expanduser(),
+        type=expanded,
         help="the file to write, .onnx or .pt2 (torch.export), in a folder that exists",
     )
     parser.add_argument(
@@ -63,7 +63,7 @@ def run(args: argparse.Namespace) -> None:
     import zoo
     from zoo.exporting import check_target, example_inputs, export
 
-    out: Path = args.out
+    out = Path(args.out)
     check_target(out)
     if out.exists() and not args.force:
         raise ValueError(f"{out} is there already; --force replaces it")

@@ -36,6 +36,7 @@ from datamodules import DataError  # importing the package makes its classes kno
 from lightning_modules.checkpoints import CheckpointError, check_fits, read_checkpoint
 from lightning_modules.usage_errors import UsageError, explain
 from zoo import InputError, WeightsError
+from zoo.implicit.choices import in_short
 
 
 def _start_afresh(_: object, before: Any, now: Any) -> None:
@@ -228,12 +229,12 @@ class ZooCLI(LightningCLI):
                     )
                 name = key.removeprefix("model.").partition(".")[0]
                 if name in {"weights_from", "pretrained", "backbone"}:
-                    rank_zero_info(f"{key}={_short(now)} has no effect here: all weights are those of {path}")
+                    rank_zero_info(f"{key}={in_short(now)} has no effect here: all weights are those of {path}")
                     continue
-                rank_zero_info(f"{key}: {_short(now)} as given, in place of {_short(was)} in {path}")
+                rank_zero_info(f"{key}: {in_short(now)} as given, in place of {in_short(was)} in {path}")
                 if subcommand == "fit" and name in {"lr", "weight_decay", "schedule", "optimizer_args"}:
                     warnings.warn(
-                        f"{key}={_short(now)} has NO effect here: fit --ckpt_path goes on with the optimizer state "
+                        f"{key}={in_short(now)} has NO effect here: fit --ckpt_path goes on with the optimizer state "
                         f"of {path}. To train with another {key}, start a fit without --ckpt_path",
                         stacklevel=2,
                     )
@@ -289,11 +290,3 @@ def _differences(was: Any, now: Any, key: str) -> Iterator[tuple[str, Any, Any]]
     else:
         for name in sorted(was.keys() | now.keys()):
             yield from _differences(was.get(name), now.get(name), f"{key}.{name}")
-
-
-def _short(value: Any) -> str:
-    """``{"class_path": "zoo.implicit.Newton", "init_args": {"tol": 0.1}}`` -> ``Newton(tol=0.1)``."""
-    if not (isinstance(value, dict) and "class_path" in value):
-        return repr(value)
-    arguments = ", ".join(f"{name}={_short(item)}" for name, item in value.get("init_args", {}).items())
-    return f"{value['class_path'].rpartition('.')[2]}({arguments})"

@@ -46,3 +46,19 @@ def weights_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[
         zoo.records.all_records.cache_clear()
         yield folder
     zoo.records.all_records.cache_clear()
+
+
+@pytest.fixture
+def wandb_offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """W&B with all its folders here, no key, and a proxy that is not there for whatever would call out."""
+    import wandb
+
+    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
+        monkeypatch.setenv(name, str(tmp_path / "elsewhere" / name))
+    for name in ("WANDB_DIR", "WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_ID"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.chdir(tmp_path)
+    yield
+    wandb.teardown()

@@ -8,9 +8,9 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
 from . import records
+from .implicit.choices import in_short
 from .records import ORIGINAL, WeightsRecord
 
 MEASURED = ".4f"  # how a measured figure is written; a published one has the places that its authors gave
@@ -191,7 +191,7 @@ def _figures(record: WeightsRecord) -> list[str]:
 
 def _model(record: WeightsRecord) -> list[str]:
     choices = [
-        f"- {role}: {f'`{_call(chosen)}`' if (chosen := record.arguments.get(role)) else 'the default of the model'}"
+        f"- {role}: {f'`{in_short(chosen)}`' if (chosen := record.arguments.get(role)) else 'the default of the model'}"
         for role in ("solver", "gradient")
     ]
     sizes = {key: value for key, value in record.arguments.items() if key not in {"solver", "gradient"}}
@@ -199,14 +199,6 @@ def _model(record: WeightsRecord) -> list[str]:
     if record.classes:
         lines.append(f"- classes: {', '.join(record.classes)}")
     return lines
-
-
-def _call(choice: Any) -> str:
-    """``{"class_path": "zoo.implicit.Newton", "init_args": {"tol": 0.1}}`` -> ``Newton(tol=0.1)``."""
-    if not (isinstance(choice, dict) and "class_path" in choice):
-        return repr(choice)
-    arguments = ", ".join(f"{key}={_call(value)}" for key, value in choice.get("init_args", {}).items())
-    return f"{choice['class_path'].rpartition('.')[2]}({arguments})"
 
 
 def _provenance(record: WeightsRecord) -> list[str]:

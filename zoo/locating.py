@@ -58,8 +58,8 @@ class Found:
 
     def check(self, data: bytes | bytearray) -> None:
         """Raise WeightsError unless these bytes of the file are the right ones."""
+        found = sha256_of(data) if self.pins else ""
         for pin in self.pins:
-            found = sha256_of(data)
             if found != pin.sha256:
                 raise WeightsError(
                     f"{self.path} is damaged or was replaced: its sha256 is {found}, {pin.says} {pin.sha256}; "

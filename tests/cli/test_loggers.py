@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -12,21 +11,7 @@ import yaml
 from tests.command_line import DIGITS, QUIET, ROOT, TINY, fit, main, metrics
 
 
-@pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """W&B with all its folders here, no key, and a proxy that is not there for whatever would call out."""
-    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "elsewhere" / name))
-    for name in ("WANDB_DIR", "WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    monkeypatch.chdir(tmp_path)
-    yield
-    wandb.teardown()
-
-
-@pytest.mark.usefixtures("offline")
+@pytest.mark.usefixtures("wandb_offline")
 def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
     run = fit("-c", DIGITS, "-c", str(ROOT / "configs" / "loggers" / "wandb_offline.yaml"), *TINY)
     identity = run.cli.trainer.logger.version
@@ -50,7 +35,7 @@ def test_a_run_with_wandb_offline(tmp_path: Path) -> None:
     assert metrics(tested)["test/accuracy"] == metrics(run.cli)["test/accuracy"]
 
 
-@pytest.mark.usefixtures("offline")
+@pytest.mark.usefixtures("wandb_offline")
 def test_wandb_online_differs_in_one_word(capsys: pytest.CaptureFixture[str]) -> None:
     online, offline = (
         yaml.safe_load((ROOT / "configs" / "loggers" / f"{name}.yaml").read_text())["trainer"]["logger"]

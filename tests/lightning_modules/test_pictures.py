@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -56,20 +55,7 @@ def test_without_a_logger_there_is_none(tmp_path: Path, arguments: Any) -> None:
     assert not list(tmp_path.iterdir())
 
 
-@pytest.fixture
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "elsewhere" / name))
-    for name in ("WANDB_DIR", "WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
-    monkeypatch.chdir(tmp_path)
-    yield
-    wandb.teardown()
-
-
-@pytest.mark.usefixtures("offline")
+@pytest.mark.usefixtures("wandb_offline")
 def test_wandb_takes_it_offline(tmp_path: Path) -> None:
     logger = WandbLogger(project="deq-zoo", save_dir=tmp_path / "runs", offline=True)
     log_picture(trainer(logger=logger), "val/flow", PICTURE)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import shutil
 from collections import namedtuple
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -58,20 +57,11 @@ class Api:
 
 
 @pytest.fixture(autouse=True)
-def offline(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """W&B with all its folders here, no key, and a proxy that is not there for whatever would call out."""
-    for name in ("WANDB_CACHE_DIR", "WANDB_CONFIG_DIR", "WANDB_DATA_DIR", "WANDB_ARTIFACT_DIR"):
-        monkeypatch.setenv(name, str(tmp_path / "elsewhere" / name))
-    for name in ("WANDB_DIR", "WANDB_MODE", "WANDB_API_KEY", "WANDB_PROJECT", "WANDB_NAME", "WANDB_RUN_ID"):
-        monkeypatch.delenv(name, raising=False)
-    monkeypatch.setenv("WANDB_SILENT", "true")
-    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+def nobody(wandb_offline: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A user without a key and without a cache."""
     monkeypatch.setenv("HOME", str(tmp_path))  # nobody's .netrc
     monkeypatch.setenv("DEQ_ZOO_CACHE", str(tmp_path / "cache"))
     monkeypatch.delenv("DEQ_ZOO_OFFLINE", raising=False)
-    monkeypatch.chdir(tmp_path)
-    yield
-    wandb.teardown()
 
 
 @pytest.fixture

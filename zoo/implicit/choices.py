@@ -26,6 +26,14 @@ def describe(choice: Solver | Gradient) -> dict[str, Any]:
     return {"class_path": _path(type(choice)), "init_args": arguments}
 
 
+def in_short(description: Any) -> str:
+    """``{"class_path": "zoo.implicit.Newton", "init_args": {"tol": 0.1}}`` -> ``Newton(tol=0.1)``."""
+    if not (isinstance(description, dict) and "class_path" in description):
+        return repr(description)
+    arguments = ", ".join(f"{name}={in_short(value)}" for name, value in description.get("init_args", {}).items())
+    return f"{description['class_path'].rpartition('.')[2]}({arguments})"
+
+
 def from_description(description: str | Mapping[str, Any] | Choice, kind: type[Choice]) -> Choice:
     """The inverse of :func:`describe`. Nothing is imported: only classes that exist already are found.
 
