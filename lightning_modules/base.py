@@ -14,7 +14,7 @@ from typing import Any, Literal
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import WeightAveraging
+from pytorch_lightning.callbacks import Callback, WeightAveraging
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
@@ -25,6 +25,7 @@ from zoo.implicit.solvers.base import is_count
 from zoo.registry import plain
 
 from .optimizers import Cosine, OneCycle, WarmUp, make_optimizer
+from .standard_callbacks import standard_callbacks
 from .starting_weights import load_weights
 
 log = logging.getLogger("zoo")
@@ -225,6 +226,10 @@ class EquilibriumModule(pl.LightningModule):
                     f"the data have {have}, and the model was asked for {value}: "
                     f"give it {name}={theirs} (--model.{name} {theirs})"
                 )
+
+    def configure_callbacks(self) -> list[Callback]:
+        """What every run has besides what it was given; see ``standard_callbacks``."""
+        return standard_callbacks(self.trainer)
 
     def on_fit_start(self) -> None:
         """Lightning need not warn of modules in eval mode where these are the frozen normalisations, and no other."""

@@ -1,0 +1,15 @@
+"""The callbacks that every run of an equilibrium module has, from the command line and in a script."""
+
+from __future__ import annotations
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+
+STANDARD: tuple[type[Callback], ...] = ()
+"""Each is made without arguments; a run that was given one of its kind keeps that."""
+
+
+def standard_callbacks(trainer: pl.Trainer) -> list[Callback]:
+    """Those that this trainer was not given itself."""
+    given: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+    return [kind() for kind in STANDARD if not any(isinstance(callback, kind) for callback in given)]
