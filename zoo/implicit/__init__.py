@@ -4,6 +4,7 @@
 """
 
 from .choices import describe, from_description
+from .collectives import agreeing
 from .diagnostics import PathIndependence, path_independence, spectral_radius
 from .dropout import VariationalDropout, one_draw
 from .equilibrium import DEQ, Cell, fixed_point
@@ -40,6 +41,7 @@ __all__ = [
     "Trajectory",
     "UnrolledGradient",
     "VariationalDropout",
+    "agreeing",
     "convergence_plot",
     "correction_weights",
     "describe",

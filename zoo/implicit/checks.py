@@ -8,6 +8,7 @@ from torch import nn
 from torch.nn.modules.batchnorm import _BatchNorm
 from torch.nn.modules.dropout import _DropoutNd
 
+from .collectives import current_agreement, refuse_sharded
 from .gradients import Gradient
 from .maps import module_of
 from .report import check_on_failure
@@ -15,15 +16,22 @@ from .solvers import Solver
 from .state import State
 
 
-def refuse_changing_cells(f: object) -> None:
-    """Raise for modules (and methods of modules) that are another function at each evaluation, or mix samples."""
+def refuse_unfit_cells(f: object) -> None:
+    """Raise for modules (and methods of modules) that are another function at each evaluation, or mix samples.
+
+    Likewise for those whose evaluations wait for other processes: see :func:`refuse_sharded`.
+    """
     cell = module_of(f)
-    for name, module in () if cell is None else cell.named_modules():
+    if cell is None:
+        return
+    refuse_sharded(cell)
+    for name, module in cell.named_modules():
         if isinstance(module, _BatchNorm) and (module.training or not module.track_running_stats):
+            across = "; processes would wait for each other" if isinstance(module, nn.SyncBatchNorm) else ""
             raise ValueError(
                 f"the cell holds a {type(module).__name__} that uses batch statistics ({name or 'the cell itself'}): "
-                "samples would depend on each other, and its running statistics move at each evaluation of one solve; "
-                "use GroupNorm or LayerNorm, or put it in eval mode"
+                "samples would depend on each other, and its running statistics move at each evaluation of one solve"
+                f"{across}; use GroupNorm or LayerNorm, or put it in eval mode"
             )
         inside = isinstance(module, nn.MultiheadAttention | nn.RNNBase) and module.dropout > 0
         dropout = isinstance(module, _DropoutNd) and module.p > 0
@@ -46,6 +54,11 @@ def check_choices(solver: Solver, gradient: Gradient, on_failure: str) -> None:
         )
     if not isinstance(gradient, Gradient):
         raise TypeError(f"gradient= takes a gradient object, like ImplicitGradient(); given: {gradient!r}")
+    if solver.compact and current_agreement() is not None:
+        raise ValueError(
+            "within zoo.implicit.agreeing() all processes evaluate all their rows equally often, so its solvers take "
+            f"compact=False; given: {solver!r}"
+        )
     check_on_failure(on_failure)
 
 

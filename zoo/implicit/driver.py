@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
+from .collectives import current_agreement, everywhere
 from .report import SolverReport, SolverStatus, empty_report
 from .solvers.base import Map, Solver
 
@@ -53,7 +54,7 @@ def solve(
     trace: bool = False,
     keep: Collection[int] = (),
 ) -> tuple[Tensor, SolverReport, dict[int, Tensor]]:
-    """Iterate ``solver`` on z = f(z) from ``z0`` until every sample has stopped.
+    """Iterate ``solver`` on z = f(z) from ``z0`` until every sample has stopped, in all processes if they agree on it.
 
     Differentiable by backpropagation through the iterations when grad mode is on.
 
@@ -69,7 +70,7 @@ def solve(
         ``(B, N)``, for each sample the iterate of the lowest residual that was looked at; the report; and the iterates
         ``(B, N)`` that were asked for. A sample that stopped before is there in the state in which it stopped.
     """
-    if z0.shape[0] == 0:  # f(z0) has a graph, so that unrolled gradients exist
+    if z0.shape[0] == 0 and current_agreement() is None:  # f(z0) has a graph, so that unrolled gradients exist
         fz = f(z0)
         return fz, empty_report(z0.device, z0.dtype, trace=trace), dict.fromkeys(keep, fz)
     return _Solve(f, z0, solver, scale, trace=trace).run(keep)
@@ -109,14 +110,15 @@ class _Solve:
             fz = self.f(z)
             self.row_evaluations += z.shape[0]
             last = k == solver.max_steps
-            if k == 0 or last or solver.looks(k, memory):
+            looking = k == 0 or last or solver.looks(k, memory)
+            if looking:
                 done = self._look(k, z, fz)
-                if done or last:
-                    break
-                if solver.compact and self.stopped is not None:
-                    z, fz, memory = self._drop(self.stopped, z, fz, memory)
             elif self.trace is not None:
                 self.trace.append(torch.full_like(self.whole.residual, torch.nan))
+            if last or everywhere(done, z.device):
+                break
+            if looking and solver.compact and self.stopped is not None:
+                z, fz, memory = self._drop(self.stopped, z, fz, memory)
             proposed, memory = solver.step(self.f, k, z, fz, memory)
             z = self.f.project(proposed)
         rows = self._rows_of_all()
@@ -139,7 +141,7 @@ class _Solve:
                         rows.improved = self.all_improved
                     if self.trace is not None:
                         self.trace.append(self._residual_of_all(residual))
-                    return False
+                    return z.shape[0] == 0
                 stopped = torch.zeros_like(rows.converged)
             else:
                 stopped = self.stopped

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
-from .checks import check_cell, check_choices, initial_state, refuse_changing_cells
+from .checks import check_cell, check_choices, initial_state, refuse_unfit_cells
 from .compiled import buffers_kept
 from .computed_weights import computed_once, forget_weights_without_graph
 from .dropout import one_draw
@@ -113,7 +113,7 @@ def fixed_point(
     solver = _SOLVER if solver is None else solver
     gradient = _GRADIENT if gradient is None else gradient
     check_choices(solver, gradient, on_failure)
-    refuse_changing_cells(f)
+    refuse_unfit_cells(f)
     refuse_transforms(z0, inputs, unrolled=gradient.through_solver and trajectory is None)
     trajectory = None if trajectory is None else as_trajectory(trajectory)
     if trajectory is not None and max(trajectory.steps) > solver.max_steps:

@@ -10,6 +10,7 @@ from typing import ClassVar
 import torch
 from torch import Tensor
 
+from .collectives import current_agreement, in_agreement
 from .driver import solve
 from .implicit_function import attach_implicit, attach_straight_through
 from .maps import AdjointMap, FlatMap
@@ -68,8 +69,11 @@ class ImplicitGradient(Gradient):
             )
 
     def attach(self, f: FlatMap, z: Tensor, on_adjoint: OnAdjoint) -> Tensor:
+        agreement = current_agreement()
+
         def solve_adjoint(f: AdjointMap) -> Tensor:
-            u, report, _ = solve(f, f.offset, self.solver, scale=torch.linalg.vector_norm(f.offset, dim=1))
+            with in_agreement(agreement):
+                u, report, _ = solve(f, f.offset, self.solver, scale=torch.linalg.vector_norm(f.offset, dim=1))
             on_adjoint(report)
             return u
 

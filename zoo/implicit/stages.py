@@ -8,6 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
+from .collectives import everywhere
 from .driver import solve
 from .implicit_function import attach_straight_through
 from .maps import FlatMap
@@ -83,6 +84,6 @@ def one_step_where_none_was_made(f: FlatMap, z: Tensor, report: SolverReport) ->
     No step of theirs was recorded, and their gradient would be 0 without a word.
     """
     at_start = report.converged & (report.steps == 0)
-    if not at_start.any():
+    if everywhere(not at_start.any(), z.device):  # a graph that no other process has is one that it does not wait in
         return z
     return torch.where(at_start.unsqueeze(1), attach_straight_through(f(z.detach()), z.detach()), z)

@@ -8,7 +8,7 @@ from contextlib import nullcontext
 import torch
 from torch import Tensor
 
-from .checks import check_choices, refuse_changing_cells
+from .checks import check_choices, refuse_unfit_cells
 from .compiled import buffers_kept
 from .computed_weights import computed_once, forget_weights_without_graph
 from .driver import _residual
@@ -80,7 +80,7 @@ def unroll_through(
             f"the states of a trajectory are among the {steps} applications of an unrolled cell; given: "
             f"steps={tuple(keep)}"
         )
-    refuse_changing_cells(f)
+    refuse_unfit_cells(f)
     refuse_transforms(z0, inputs, unrolled=True)
     view = StateView(z0)
     ambient = autocast_dtype(view.device)
