@@ -5,7 +5,10 @@ from __future__ import annotations
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
-STANDARD: tuple[type[Callback], ...] = ()
+from .safe_checkpoints import SaveSafely
+from .skipped_steps import SkippedSteps
+
+STANDARD: tuple[type[Callback], ...] = (SaveSafely, SkippedSteps)
 """Each is made without arguments; a run that was given one of its kind keeps that."""
 
 
