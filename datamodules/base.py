@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Sized
 from functools import cached_property, partial
-from typing import Generic, NamedTuple, TypeVar
+from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from pytorch_lightning import LightningDataModule
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
+
+from .processes import EvaluationSampler, place_in_training, processes_of
+from .training_loader import TrainingLoader, TrainingSampler
 
 Sample = tuple[Tensor, Tensor]
 D = TypeVar("D", bound=Dataset[tuple[Tensor, ...]])
@@ -26,6 +29,10 @@ class Splits(NamedTuple, Generic[D]):
 
 class SplitDataModule(LightningDataModule, ABC, Generic[D]):
     """A set in three parts; a subclass says how they are loaded. The loaders work without a Trainer too.
+
+    Training batches follow from the run's seed, see :class:`TrainingSampler`: torch's seed when the first training
+    loader of a run is made, or that of the checkpoint that the run goes on from. In validation, test and prediction
+    each of W processes has every W-th sample, and none twice.
 
     Args:
         batch_size: samples a batch, on each device.
@@ -43,6 +50,8 @@ class SplitDataModule(LightningDataModule, ABC, Generic[D]):
         self.save_hyperparameters(ignore=["eval_batch_size"])
         self.batch_size = whole_number("batch_size", batch_size, at_least=1)
         self.num_workers = whole_number("num_workers", num_workers, at_least=0)
+        self._run_seed: int | None = None
+        self._sampler: TrainingSampler | None = None
 
     @property
     def eval_batch_size(self) -> int:
@@ -59,37 +68,72 @@ class SplitDataModule(LightningDataModule, ABC, Generic[D]):
         return self.load()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the set now, so that a broken file is found before the first epoch."""
+        """Read the set now, so that a broken file is found before the first epoch; a fit is a new run."""
         _ = self.splits
+        if stage == "fit":
+            self._run_seed = self._sampler = None
 
-    def train_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return self._loader(self.splits.train, self.augmentation, shuffle=True)
+    def state_dict(self) -> dict[str, Any]:
+        """The run's seed, for checkpoints of a run that has one."""
+        return {} if self._run_seed is None else {"run_seed": self._run_seed}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Go on with the run's seed."""
+        self._run_seed = state_dict["run_seed"]
+        if self._sampler is not None:  # some strategies load checkpoints late
+            self._sampler.run_seed = state_dict["run_seed"]
+
+    def train_dataloader(self) -> TrainingLoader:
+        """The training batches of this process. A loader that is made after another goes on with the next epoch.
+
+        Raises:
+            DataError: there are fewer samples than processes.
+        """
+        if self._run_seed is None:
+            self._run_seed = torch.initial_seed()
+            if self.trainer is not None:  # where nobody gave a seed, each process has its own
+                self._run_seed = self.trainer.strategy.broadcast(self._run_seed)
+        processes, rank = processes_of(self)
+        augmentation = self.augmentation
+        loader = TrainingLoader(
+            self.splits.train,
+            self.batch_size,
+            default_collate if augmentation is None else partial(_collate_augmented, augmentation),
+            run_seed=self._run_seed,
+            epoch=0 if self._sampler is None else self._sampler.next_epoch,
+            processes=processes,
+            rank=rank,
+            place=partial(place_in_training, self),
+            **self._options,
+        )
+        self._sampler = loader.sampler
+        return loader
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return self._loader(self.splits.val)
+        """The validation batches of this process; :class:`DataError` as :meth:`train_dataloader`."""
+        return self._evaluation("validation", self.splits.val)
 
     def test_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
-        return self._loader(self.splits.test)
+        """The test batches of this process; :class:`DataError` as :meth:`train_dataloader`."""
+        return self._evaluation("test", self.splits.test)
 
     def predict_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """The test set."""
-        return self._loader(self.splits.test)
+        return self.test_dataloader()
 
-    def _loader(
-        self,
-        dataset: Dataset[tuple[Tensor, ...]],
-        augmentation: Callable[[Tensor], Tensor] | None = None,
-        shuffle: bool = False,
-    ) -> DataLoader[tuple[Tensor, ...]]:
-        return DataLoader(
-            dataset,
-            batch_size=self.batch_size if shuffle else self.eval_batch_size,
-            shuffle=shuffle,
-            num_workers=self.num_workers,
-            persistent_workers=self.num_workers > 0,
-            pin_memory=torch.cuda.is_available(),
-            collate_fn=default_collate if augmentation is None else partial(_collate_augmented, augmentation),
-        )
+    def _evaluation(self, part: str, dataset: D) -> DataLoader[tuple[Tensor, ...]]:
+        processes, rank = processes_of(self)
+        sampler = None if processes == 1 else EvaluationSampler(cast(Sized, dataset), processes, rank, part)
+        return DataLoader(dataset, batch_size=self.eval_batch_size, sampler=sampler, **self._options)
+
+    @property
+    def _options(self) -> dict[str, Any]:
+        """Of each loader."""
+        return {
+            "num_workers": self.num_workers,
+            "persistent_workers": self.num_workers > 0,
+            "pin_memory": torch.cuda.is_available(),
+        }
 
 
 class LabelledDataModule(SplitDataModule[D]):
@@ -108,7 +152,7 @@ class LabelledDataModule(SplitDataModule[D]):
 def _collate_augmented(augmentation: Callable[[Tensor], Tensor], samples: list[Sample]) -> list[Tensor]:
     """``default_collate``, then one augmentation of the whole batch.
 
-    Its random numbers come from torch's global generator, which a DataLoader seeds in each of its workers.
+    Its random numbers come from torch's global generator, which a TrainingLoader seeds for each batch.
     """
     images, labels = default_collate(samples)
     return [augmentation(images), labels]

@@ -8,8 +8,8 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
-from functools import cached_property
+from collections.abc import Callable, Iterator
+from functools import cached_property, partial
 from typing import NamedTuple
 
 import numpy as np
@@ -19,6 +19,7 @@ from torch import Tensor
 
 from .base import whole_number
 from .idx import DataError
+from .processes import Place, place_in_training, processes_of
 
 Batch = tuple[Tensor, Tensor]
 IGNORED = -100
@@ -111,16 +112,24 @@ class TextBatches:
         lengths: ``(S,)``.
         segment_length: L.
         rows: the streams wanted; by default all of them. The number and the length of the batches follow from all.
+        place: where a pass is to begin, as an epoch and a number of batches; where it gives None, at the beginning.
     """
 
     def __init__(
-        self, text: Tensor, starts: Tensor, lengths: Tensor, segment_length: int, rows: slice = slice(None)
+        self,
+        text: Tensor,
+        starts: Tensor,
+        lengths: Tensor,
+        segment_length: int,
+        rows: slice = slice(None),
+        place: Callable[[object], Place | None] = lambda _: None,
     ) -> None:
         self.text = text
         self.starts = starts[rows]
         self.lengths = lengths[rows]
         self.segment_length = segment_length
         self.longest = int(lengths.max())
+        self.place = place
         self._next = self._first = 0
 
     def state_dict(self) -> dict[str, int]:
@@ -128,14 +137,16 @@ class TextBatches:
         return {"position": self._next}
 
     def load_state_dict(self, state_dict: dict[str, int]) -> None:
-        """The next pass reads on from there, which may be nothing, and those after it from the beginning."""
-        self._next = self._first = state_dict["position"]
+        """The next pass reads on from there, unless all was read, and those after it from the beginning."""
+        self._next = state_dict["position"]
+        self._first = self._next if self._next < self.longest else 0
 
     def __len__(self) -> int:
         return math.ceil(self.longest / self.segment_length)
 
     def __iter__(self) -> Iterator[Batch]:
-        first, self._first = self._first, 0
+        known = self.place(self)
+        first, self._first = self._first if known is None else known[1] * self.segment_length, 0
         for begin in range(first, self.longest, self.segment_length):
             self._next = min(begin + self.segment_length, self.longest)
             place = torch.arange(begin, self._next)
@@ -241,7 +252,7 @@ class TextDataModule(LightningDataModule, ABC):
         Raises:
             DataError: the text is too short for that many streams.
         """
-        devices, rank = self._devices
+        devices, rank = processes_of(self)
         text, streams = self.splits.train, self.batch_size * devices
         if len(text) < 2 * streams:
             raise DataError(
@@ -249,7 +260,8 @@ class TextDataModule(LightningDataModule, ABC):
                 f"need at least 2 each: {2 * streams}. Choose a smaller batch_size, or a longer text"
             )
         rows = slice(rank * self.batch_size, (rank + 1) * self.batch_size)
-        return TextBatches(text, *training_streams(len(text), streams), self.segment_length, rows)
+        place = partial(place_in_training, self)
+        return TextBatches(text, *training_streams(len(text), streams), self.segment_length, rows, place)
 
     def val_dataloader(self) -> TextBatches:
         """This device's streams of the validation text; :class:`DataError` as :meth:`test_dataloader`."""
@@ -268,7 +280,7 @@ class TextDataModule(LightningDataModule, ABC):
         return self._evaluation("test", self.splits.test)
 
     def _evaluation(self, part: str, text: Tensor) -> TextBatches:
-        devices, rank = self._devices
+        devices, rank = processes_of(self)
         streams = self.eval_batch_size
         if streams < devices:
             raise DataError(
@@ -283,11 +295,6 @@ class TextDataModule(LightningDataModule, ABC):
             )
         rows = slice(rank * streams // devices, (rank + 1) * streams // devices)
         return TextBatches(text, *evaluation_streams(len(text), streams), self.eval_segment_length, rows)
-
-    @property
-    def _devices(self) -> tuple[int, int]:
-        """How many processes there are, and which of them this is."""
-        return (1, 0) if self.trainer is None else (self.trainer.world_size, self.trainer.global_rank)
 
 
 def _counted(batch_size: int, devices: int) -> str:

@@ -136,9 +136,8 @@ def test_workers_persist_if_there_are_any(num_workers):
 
 def test_a_loader_can_be_sent_to_a_spawned_worker():
     loader = DigitsDataModule().train_dataloader()
-    collate = pickle.loads(pickle.dumps(loader.collate_fn))  # noqa: S301
     dataset = pickle.loads(pickle.dumps(loader.dataset))  # noqa: S301
-    images, labels = collate([dataset[0], dataset[1]])
+    images, labels = dataset.collate([dataset[0], dataset[1]])
     assert images.shape == (2, 1, 8, 8)
     assert torch.equal(labels, the_part("train")[1][:2])
 

@@ -40,7 +40,7 @@ class Numbers(TextDataModule):
 
 def on(rank: int, devices: int, module: TextDataModule) -> TextDataModule:
     """The module as the process of this rank has it."""
-    module.trainer = SimpleNamespace(world_size=devices, global_rank=rank)
+    module.trainer = SimpleNamespace(world_size=devices, global_rank=rank, training=False)
     return module
 
 
@@ -112,7 +112,7 @@ def test_an_epoch_is_the_same_each_time():
 
 @pytest.mark.parametrize("read", range(8))
 def test_reading_goes_on_where_it_was(read):
-    """Within a pass, and after its last batch, where nothing of it is left; the pass after it is whole again."""
+    """Within a pass, and after its last batch, where nothing of it is left, with the next one; then from the start."""
     whole = Numbers().train_dataloader()
     batches = iter(whole)
     for _ in range(min(read, len(whole))):
@@ -120,7 +120,7 @@ def test_reading_goes_on_where_it_was(read):
     resumed = Numbers().train_dataloader()
     resumed.load_state_dict(whole.state_dict())
     assert resumed.state_dict() == whole.state_dict()
-    for expected in ([*batches], [*whole]):
+    for expected in ([*batches] or [*whole], [*whole]):
         assert [tokens.tolist() for tokens, _ in resumed] == [tokens.tolist() for tokens, _ in expected]
 
 
