@@ -9,7 +9,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, cast
 
 import pytorch_lightning as pl
 import torch
@@ -283,6 +283,18 @@ class EquilibriumModule(pl.LightningModule):
         """The equilibrium layers of the model, by name in the log: ``""`` if there is one, else ``"<module>/"``."""
         layers = {name: module for name, module in self.model.named_modules() if isinstance(module, DEQ)}
         return {"": next(iter(layers.values()))} if len(layers) == 1 else {f"{k}/": v for k, v in layers.items()}
+
+    def of_joint_batch(self, weight: Tensor) -> Tensor:
+        """The mean over processes of what a loss is divided by, like the number of pixels that count in a batch.
+
+        With it the mean of the processes' gradients is the gradient of their joint batch, however uneven the numbers.
+        """
+        if self._trainer is None or self.trainer.world_size == 1:
+            return weight
+        return cast(Tensor, self.trainer.strategy.reduce(weight.detach().clone(), reduce_op="mean"))
+
+    def on_step_skipped(self) -> None:
+        """Called after a training step that does not count, see :class:`SkippedSteps`; the model is as before it."""
 
     # --- solver statistics
 

@@ -70,7 +70,8 @@ class ImageClassifier(EquilibriumModule):
         logits, jacobian_term = self.regularized("train", image)
         self._check_labels(logits, label)
         loss = F.cross_entropy(logits, label, label_smoothing=self.label_smoothing)
-        self.train_metrics.update(logits, label)
+        if loss.isfinite():  # else the step is skipped
+            self.train_metrics.update(logits, label)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=label.numel())
         self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=label.numel())
         return loss + jacobian_term

@@ -107,8 +107,10 @@ class LanguageModel(EquilibriumModule):
         (h, memory), jacobian_term = self.regularized("train", tokens, self._memory("train", tokens))
         self._keep("train", memory)
         nats = self._language.vocabulary.nll(h, target).sum()  # the targets were checked
-        loss = nats / max(1, counted)
-        self.train_metrics.update(nats.detach(), counted, self._bytes(target).sum())
+        weight = self.of_joint_batch(torch.tensor(float(counted), device=nats.device))
+        loss = nats / torch.where(weight > 0, weight, 1)
+        if loss.isfinite():  # else the step is skipped
+            self.train_metrics.update(nats.detach(), counted, self._bytes(target).sum())
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=max(1, counted))
         self.log_dict(self.train_metrics, on_step=False, on_epoch=True)
         return loss + jacobian_term
@@ -195,6 +197,11 @@ class LanguageModel(EquilibriumModule):
 
     def _keep(self, stage: str, memory: Any) -> None:
         self._memories[stage] = pytree.tree_map_only(Tensor, Tensor.detach, memory)
+
+    def on_step_skipped(self) -> None:
+        """What was read in a step that does not count is remembered, but not what is no number."""
+        if not all(x.isfinite().all() for x in _tensors(self._memories.get("train"))):
+            self._memories.pop("train")
 
     @contextmanager
     def _remembering(self, positions: int | None) -> Iterator[None]:

@@ -125,7 +125,8 @@ class OpticalFlow(EquilibriumModule):
         forward = self._states if len(inputs) == 2 else self._states_of_video
         flows, jacobian_term = self.regularized("train", *inputs, forward=forward)
         loss = fixed_point_correction(lambda flow: self._distance(flow, target, valid), flows, gamma=self.gamma)
-        self.train_errors.update(flows[-1], target, valid, occluded)
+        if loss.isfinite():  # else the step is skipped
+            self.train_errors.update(flows[-1], target, valid, occluded)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(target))
         return loss + jacobian_term
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -91,8 +92,9 @@ class SemanticSegmenter(EquilibriumModule):
         """Cross-entropy plus the Jacobian term."""
         image, label = batch
         logits, jacobian_term = self.regularized("train", image)
-        loss, pixels = self._loss(logits, label)
-        self.train_metrics.update(logits.argmax(dim=1), label)
+        loss, pixels = self._loss(logits, label, self.of_joint_batch)
+        if loss.isfinite():  # else the step is skipped
+            self.train_metrics.update(logits.argmax(dim=1), label)
         self.log("train/loss", loss.detach(), prog_bar=True, batch_size=pixels)
         self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=pixels)
         return loss + jacobian_term
@@ -119,8 +121,15 @@ class SemanticSegmenter(EquilibriumModule):
         self.log(f"{stage}/loss", loss, on_epoch=True, batch_size=pixels, sync_dist=True)
         self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=pixels)
 
-    def _loss(self, logits: Tensor, label: Tensor) -> tuple[Tensor, int]:
+    def _loss(
+        self, logits: Tensor, label: Tensor, divisor: Callable[[Tensor], Tensor] = lambda weight: weight
+    ) -> tuple[Tensor, int]:
         """The mean cross-entropy over the pixels that count, 0 if there is none, and how many there are (at least 1).
+
+        Args:
+            logits: ``(B, C, H, W)``.
+            label: ``(B, H, W)``.
+            divisor: of the sum of the pixels' weights, what the sum of their cross-entropy is divided by.
 
         Raises:
             InputError: labels of another shape than the logits, or outside [0, num_classes) and not ignore_index; or a
@@ -136,7 +145,8 @@ class SemanticSegmenter(EquilibriumModule):
         counts = label != self.ignore_index
         weights = self.class_weights
         total = F.cross_entropy(logits, label, weight=weights, ignore_index=self.ignore_index, reduction="sum")
-        weight = counts.sum() if weights is None else (weights[label.where(counts, 0)] * counts).sum()
+        weight = counts.sum().float() if weights is None else (weights[label.where(counts, 0)] * counts).sum()
+        weight = divisor(weight)
         return total / torch.where(weight > 0, weight, 1), max(1, pixels)
 
 
