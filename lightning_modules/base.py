@@ -26,6 +26,8 @@ from zoo.registry import plain
 
 from .optimizers import Cosine, OneCycle, WarmUp, make_optimizer
 from .standard_callbacks import standard_callbacks
+from .run_seed import RunSeed, correct_progress
+from .sharding import class_of, refuse_other_strategies
 from .starting_weights import load_weights
 
 log = logging.getLogger("zoo")
@@ -204,7 +206,9 @@ class EquilibriumModule(pl.LightningModule):
         self.warmup_steps = warmup_steps
         self.warmup_fraction = warmup_fraction
         self.schedule_margin = schedule_margin
-        self._in_silence = ExitStack()
+        self.show_every = show_every
+        self._validations = 0
+        self._in_silence, self.run_seed = ExitStack(), RunSeed()
         self._make_optimizer()  # what it refuses is said now
         self.save_plain_hyperparameters(**given)
 
@@ -246,10 +250,18 @@ class EquilibriumModule(pl.LightningModule):
         self._in_silence.close()
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        self.run_seed.begin(self.trainer)
+        correct_progress(self.trainer)
+
+    def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
+        """Let what this step draws follow from the run's seed, and from nothing that was drawn before."""
+        self.run_seed.seed_step(self.trainer, batch_index)
         """Say so where a run with averages goes on without: from them, and with an optimizer of other weights."""
         if self._trainer is None or self._trainer.state.fn != "fit" or "current_model_state" not in checkpoint:
             return
-        if not any(isinstance(callback, WeightAveraging) for callback in self.trainer.callbacks):  # type: ignore[attr-defined]
+        self.run_seed.load(checkpoint)
+        callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
+        if "current_model_state" in checkpoint and not any(isinstance(each, WeightAveraging) for each in callbacks):
             log.warning(
                 "the checkpoint has averaged weights, and training goes on from them; give the callback that averages "
                 "too (-c configs/ema.yaml) to go on from those of its last step"
@@ -275,6 +287,7 @@ class EquilibriumModule(pl.LightningModule):
                 hyper_parameters[name] = None
         if hyper_parameters.get("pretrained") is not None:
             made_of = dict(zoo.spec_of(self.model).arguments)
+        self.run_seed.save(checkpoint)
             choices = {key: made_of.pop(key, None) for key in ("solver", "gradient")}
             arguments = {key: value for key, value in made_of.items() if key not in hyper_parameters}
             hyper_parameters.update(pretrained=None, model_args=arguments, **choices)
@@ -354,7 +367,7 @@ class EquilibriumModule(pl.LightningModule):
         That follows from the run's seed and the number of the step: all processes decide alike, so that none has to
         wait for the penalty of another, and a resumed run decides as one that never stopped.
         """
-        draws = torch.Generator().manual_seed((torch.initial_seed() * 1_000_003 + step) % 2**63)
+        draws = torch.Generator().manual_seed((self.run_seed.value * 1_000_003 + step) % 2**63)
         wanted = float(torch.rand((), generator=draws)) < self.jacobian_frequency
         k = self.max_steps_jitter
         low, high = (-k, max(0, k - 1)) if isinstance(k, int) else k

@@ -14,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 from torch.utils import _pytree as pytree
 from torchmetrics import Metric, MetricCollection
+from torchmetrics.utilities.distributed import gather_all_tensors
 
 import zoo.language
 from zoo.implicit.solvers.base import is_count
@@ -33,8 +34,9 @@ class LanguageModel(EquilibriumModule):
     prediction from an empty one at the beginning of each pass. A batch of another number of rows than the one before
     starts without memory, and no gradient flows into it. Each process carries the memory of its own rows.
 
-    The memory is part of a checkpoint, and a run that is resumed goes on with it. A checkpoint of several processes has
-    none: they start without memory, which is said.
+    The memory is part of a checkpoint, that of all processes, and a run that is resumed goes on with it; on another
+    number of processes too, if they have as many rows together. Where one process of several fails and leaves a
+    checkpoint, this has no memory, since the others do not give theirs; a run that goes on from it says so.
 
     Logs ``{val,test}/loss``, in nats a token, ``/perplexity``, its exponential, and ``/bits_per_byte``, all from sums
     over the tokens that count, of all batches and processes; where the data do not say how many bytes a token stands
@@ -221,25 +223,35 @@ class LanguageModel(EquilibriumModule):
         return replace(spec, arguments={**spec.arguments, "memory_length": self.eval_memory_length})
 
     def on_save_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Keep the memory of training too; each of several processes has its own, and only one writes: then none."""
+        """Keep the memory of training too, of all processes."""
         super().on_save_checkpoint(checkpoint)
-        found = _tensors(self._memories.get("train")) if self._restored is None else self._restored
-        if found and self.trainer.world_size == 1:
-            checkpoint["deq_zoo_memory"] = [x.clone() for x in found]  # not all of what they are views of
+        own = _tensors(self._memories.get("train")) if self._restored is None else self._restored
+        if self.trainer.world_size == 1:
+            found = [x.clone() for x in own]  # not all of what they are views of
+        elif self.trainer.interrupted:
+            rank_zero_info("The checkpoint has no memory of the text before: the other processes may have ended")
+            return
+        else:
+            found = of_all_processes(own, self.device)
+        if found:
+            checkpoint["deq_zoo_memory"] = found
 
     def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
-        """Go on with the memory of the checkpoint, where training goes on."""
+        """Go on with the memory of the checkpoint, where training goes on; each process with that of its rows."""
         super().on_load_checkpoint(checkpoint)
         if self._trainer is None or self._trainer.state.fn != "fit":
             return
         memory = checkpoint.get("deq_zoo_memory")
-        if memory is None or self.trainer.world_size > 1:
+        processes, rank = self.trainer.world_size, self.trainer.global_rank
+        if memory is None:
+            rank_zero_info("Training goes on without memory of the text before: this checkpoint has none")
+        elif len(memory[0]) % processes:
             rank_zero_info(
                 "Training goes on without memory of the text before: a checkpoint keeps it for one process only, "
                 f"{'and this one has none' if memory is None else 'and now there are several'}"
             )
         else:
-            self._restored = list(memory)
+            self._restored = [x.chunk(processes)[rank].clone() for x in memory]
 
     def _take_up(self, tensors: list[Tensor], tokens: Tensor) -> None:
         """Make of a checkpoint's tensors a memory as this model has it, unless the texts are others now."""
@@ -248,7 +260,7 @@ class LanguageModel(EquilibriumModule):
         if rows != {len(tokens)}:
             rank_zero_info(
                 f"Training goes on without memory of the text before: the checkpoint's is of batches of "
-                f"{max(rows)} rows, and now they have {len(tokens)}"
+                f"{max(rows)} rows a process, and now they have {len(tokens)}"
             )
             return
         devices = [tokens.device] if tokens.device.type == "cuda" else []
@@ -293,3 +305,11 @@ def _in_bits(nats: Tensor) -> Tensor:
 
 def _tensors(memory: Any) -> list[Tensor]:
     return [x for x in pytree.tree_leaves(memory) if isinstance(x, Tensor)]
+def of_all_processes(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
+    """The rows of all processes, those of the first one first; none if not all processes have as many tensors."""
+    counts = gather_all_tensors(torch.tensor(len(tensors), device=device))
+    if len({int(count) for count in counts}) > 1:
+        return []
+    return [torch.cat(gather_all_tensors(x.contiguous().to(device))) for x in tensors]
+
+

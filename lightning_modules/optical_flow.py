@@ -251,8 +251,9 @@ class OpticalFlow(EquilibriumModule):
         self.test_errors.reset()
 
     def on_train_epoch_end(self) -> None:
-        """Log the measures of the epoch."""
-        self._log_errors("train", self.train_errors.compute())
+        """Log the measures of the epoch, unless the run went on from its end: nothing was measured here then."""
+        if self.train_errors.update_called:
+            self._log_errors("train", self.train_errors.compute())
 
     def on_validation_epoch_end(self) -> None:
         """Log the measures of the epoch."""

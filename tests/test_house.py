@@ -33,7 +33,11 @@ MAY_IMPORT = {
         *("huggingface_hub", "wandb", "onnx", "onnxscript", "onnxruntime"),
         *("filelock", "rich"),  # downloads: one process at a time, and its progress bar
     },
-    "lightning_modules": {"torch", "torchvision", "pytorch_lightning", "lightning_fabric", "torchmetrics", "zoo"},
+    "lightning_modules": {
+        *("torch", "torchvision", "pytorch_lightning", "lightning_fabric", "torchmetrics", "zoo"),
+        "numpy",  # whose random numbers are seeded, for users' modules
+        "PIL",  # letters on the pictures for the loggers
+    },
     "datamodules": {"torch", "pytorch_lightning", "torchvision", "sklearn", "numpy", "PIL"},
     "commands": {
         *("torch", "torchvision", "pytorch_lightning", "lightning_fabric", "jsonargparse", "yaml", "rich"),

@@ -10,6 +10,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 from lightning_fabric.utilities.exceptions import MisconfigurationException
+from pytorch_lightning.trainer.states import TrainerStatus
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
@@ -253,13 +254,13 @@ def test_taking_up_a_memory_draws_no_random_numbers() -> None:
 
 
 def test_a_memory_of_other_texts_is_not_taken_up(tmp_path: Path) -> None:
-    """That of a run with another batch_size; and that of several processes, which is not in the checkpoint."""
+    """That of a run with another batch_size; and there is none in a checkpoint that one of several processes left."""
     fit(small()).save_checkpoint(tmp_path / "four.ckpt")
     content = torch.load(tmp_path / "four.ckpt", weights_only=True)
     torch.save({key: value for key, value in content.items() if key != "deq_zoo_memory"}, tmp_path / "none.ckpt")
     for name, data, expected in (
-        ("four", texts(batch_size=3), "the checkpoint's is of batches of 4 rows, and now they have 3"),
-        ("none", texts(), "a checkpoint keeps it for one process only, and this one has none"),
+        ("four", texts(batch_size=3), "the checkpoint's is of batches of 4 rows a process, and now they have 3"),
+        ("none", texts(), "this checkpoint has none"),
     ):
         module = small()
         calls = Calls(module)
@@ -269,21 +270,37 @@ def test_a_memory_of_other_texts_is_not_taken_up(tmp_path: Path) -> None:
         assert [memory is None for memory, _ in calls.training] == [True, *[False] * (len(calls.training) - 1)]
 
 
-def test_several_processes_do_not_take_up_the_memory_of_one(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("processes", "rows"), [(1, [0, 1, 2, 3]), (2, [2, 3]), (4, [1]), (3, None)])
+def test_each_process_takes_up_the_memory_of_its_rows(
+    processes: int, rows: list[int] | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
     module = small()
     run = fit(module)
-    for processes in (1, 2):
-        monkeypatch.setattr(type(run), "world_size", processes)
-        content: dict[str, Any] = {}
-        module._restored = None
+    monkeypatch.setattr(type(run), "world_size", processes)
+    monkeypatch.setattr(type(run), "global_rank", min(1, processes - 1))
+    whole = [torch.rand(4, 6, 8), torch.rand(4, 6, 24)]
+    module._restored = None
+    with said() as messages:
+        module.on_load_checkpoint({"deq_zoo_memory": whole})
+    if rows is None:
+        assert module._restored is None
+        assert any(message.endswith("is of 4 rows, which 3 processes cannot share") for message in messages)
+    else:
+        assert same(module._restored, [x[rows] for x in whole])
+        assert not messages
+
+
+def test_a_process_that_failed_alone_waits_for_no_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A collective would wait for ever, or fail here, where there is no process group."""
+    module = small()
+    run = fit(module)
+    monkeypatch.setattr(type(run), "world_size", 2)
+    run.state.status = TrainerStatus.INTERRUPTED
+    content: dict[str, Any] = {}
+    with said() as messages:
         module.on_save_checkpoint(content)
-        assert ("deq_zoo_memory" in content) == (processes == 1)
-        with said() as messages:
-            module.on_load_checkpoint({"deq_zoo_memory": [torch.zeros(4, 6, 8), torch.zeros(4, 6, 24)]})
-        assert (module._restored is None) == (processes == 2)
-        assert [message.endswith("for one process only, and now there are several") for message in messages] == (
-            [] if processes == 1 else [True]
-        )
+    assert "deq_zoo_memory" not in content
+    assert messages == ["The checkpoint has no memory of the text before: the other processes may have ended"]
 
 
 def test_a_checkpoint_is_tested_without_its_memory(tmp_path: Path) -> None:
