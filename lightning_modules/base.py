@@ -25,9 +25,8 @@ from zoo.implicit.solvers.base import is_count
 from zoo.registry import plain
 
 from .optimizers import Cosine, OneCycle, WarmUp, make_optimizer
-from .standard_callbacks import standard_callbacks
 from .run_seed import RunSeed, correct_progress
-from .sharding import class_of, refuse_other_strategies
+from .standard_callbacks import standard_callbacks
 from .starting_weights import load_weights
 
 log = logging.getLogger("zoo")
@@ -206,8 +205,6 @@ class EquilibriumModule(pl.LightningModule):
         self.warmup_steps = warmup_steps
         self.warmup_fraction = warmup_fraction
         self.schedule_margin = schedule_margin
-        self.show_every = show_every
-        self._validations = 0
         self._in_silence, self.run_seed = ExitStack(), RunSeed()
         self._make_optimizer()  # what it refuses is said now
         self.save_plain_hyperparameters(**given)
@@ -242,22 +239,25 @@ class EquilibriumModule(pl.LightningModule):
             warnings.filterwarnings("ignore", message=rf"Found {len(frozen)} module\(s\) in eval mode")
 
     def on_train_start(self) -> None:
-        """It has looked by now."""
+        """It has looked by now, and all that a run goes on from was loaded."""
         self._in_silence.close()
-
-    def teardown(self, stage: str) -> None:
-        """What a fit that failed before left behind."""
-        self._in_silence.close()
-
-    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
         self.run_seed.begin(self.trainer)
         correct_progress(self.trainer)
 
     def on_train_batch_start(self, batch: Any, batch_index: int) -> None:
         """Let what this step draws follow from the run's seed, and from nothing that was drawn before."""
         self.run_seed.seed_step(self.trainer, batch_index)
-        """Say so where a run with averages goes on without: from them, and with an optimizer of other weights."""
-        if self._trainer is None or self._trainer.state.fn != "fit" or "current_model_state" not in checkpoint:
+
+    def teardown(self, stage: str) -> None:
+        """What a fit that failed before left behind."""
+        self._in_silence.close()
+
+    def on_load_checkpoint(self, checkpoint: dict[str, Any]) -> None:
+        """Go on with the run's seed; say so where a run with averages goes on without.
+
+        That is from the averages, and with an optimizer of other weights.
+        """
+        if self._trainer is None or self._trainer.state.fn != "fit":
             return
         self.run_seed.load(checkpoint)
         callbacks: list[Callback] = self.trainer.callbacks  # type: ignore[attr-defined]
@@ -278,6 +278,7 @@ class EquilibriumModule(pl.LightningModule):
         if data is not None:
             classes["data"] = _class_path(data)
         checkpoint["deq_zoo_classes"] = classes
+        self.run_seed.save(checkpoint)
         spec = self.inference_spec()
         checkpoint["deq_zoo_model"] = {"model": spec.model, "arguments": spec.arguments}
         hyper_parameters = checkpoint.get("hyper_parameters", {})
@@ -287,7 +288,6 @@ class EquilibriumModule(pl.LightningModule):
                 hyper_parameters[name] = None
         if hyper_parameters.get("pretrained") is not None:
             made_of = dict(zoo.spec_of(self.model).arguments)
-        self.run_seed.save(checkpoint)
             choices = {key: made_of.pop(key, None) for key in ("solver", "gradient")}
             arguments = {key: value for key, value in made_of.items() if key not in hyper_parameters}
             hyper_parameters.update(pretrained=None, model_args=arguments, **choices)

@@ -247,8 +247,8 @@ class LanguageModel(EquilibriumModule):
             rank_zero_info("Training goes on without memory of the text before: this checkpoint has none")
         elif len(memory[0]) % processes:
             rank_zero_info(
-                "Training goes on without memory of the text before: a checkpoint keeps it for one process only, "
-                f"{'and this one has none' if memory is None else 'and now there are several'}"
+                f"Training goes on without memory of the text before: the checkpoint's is of {len(memory[0])} rows, "
+                f"which {processes} processes cannot share"
             )
         else:
             self._restored = [x.chunk(processes)[rank].clone() for x in memory]
