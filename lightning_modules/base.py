@@ -24,6 +24,7 @@ from zoo.implicit import DEQ, Gradient, Solver, jacobian_penalty, one_draw, spec
 from zoo.implicit.solvers.base import is_count
 from zoo.registry import plain
 
+from . import samples
 from .optimizers import Cosine, OneCycle, WarmUp, make_optimizer
 from .run_seed import RunSeed, correct_progress
 from .standard_callbacks import standard_callbacks
@@ -87,12 +88,16 @@ class EquilibriumModule(pl.LightningModule):
         schedule_margin: ``one_cycle`` ends so many steps after the run; 100 in the published training of RAFT and of
             DEQ flow.
 
+        show_every: of so many validations of a run the first gives the loggers samples with their predictions, and a
+            plot of how the solves converged, of the first batch; 0 gives none.
     Raises:
         ValueError: an unknown name, or an argument out of its range.
         CheckpointError, WeightsError: what to start from cannot be read, or has other weights than the model.
     """
 
     def __init__(
+    _validations = 0
+
         self,
         model: str,
         model_args: Mapping[str, Any] | None = None,
@@ -122,6 +127,7 @@ class EquilibriumModule(pl.LightningModule):
         warmup_fraction: float = 0.05,
         schedule_margin: int = 0,
     ) -> None:
+        show_every: int = 1,
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         _require(
@@ -165,7 +171,11 @@ class EquilibriumModule(pl.LightningModule):
             *(warmup_steps, min_lr),
         )
         _require(0 <= warmup_fraction < 1, "warmup_fraction takes a number in [0, 1)", warmup_fraction)
-        _require(is_count(schedule_margin, 0), "schedule_margin takes an integer >= 0", schedule_margin)
+        _require(
+            is_count(schedule_margin, 0) and is_count(show_every, 0),
+            "schedule_margin and show_every take integers >= 0",
+            *(schedule_margin, show_every),
+        )
         arguments = dict(model_args or {})
         choices = {"solver": solver, "gradient": gradient}
         arguments.update({key: value for key, value in choices.items() if value is not None})
@@ -204,7 +214,7 @@ class EquilibriumModule(pl.LightningModule):
         self.min_lr = min_lr
         self.warmup_steps = warmup_steps
         self.warmup_fraction = warmup_fraction
-        self.schedule_margin = schedule_margin
+        self.schedule_margin, self.show_every = schedule_margin, show_every
         self._in_silence, self.run_seed = ExitStack(), RunSeed()
         self._make_optimizer()  # what it refuses is said now
         self.save_plain_hyperparameters(**given)
@@ -310,6 +320,14 @@ class EquilibriumModule(pl.LightningModule):
         """Called after a training step that does not count, see :class:`SkippedSteps`; the model is as before it."""
 
     # --- solver statistics
+
+    def log(self, name: str, value: Any, *args: Any, batch_size: float | None = None, **options: Any) -> None:
+        """As Lightning's; the mean over processes of how much their batches weigh is no whole number.
+
+        Lightning 2.6 rounds it down where the weights are whole numbers: of 3 and 2 samples the mean would be 2, and
+        the loss of all five a quarter too large.
+        """
+        super().log(name, value, *args, batch_size=None if batch_size is None else float(batch_size), **options)  # type: ignore[arg-type]
 
     def on_train_batch_end(self, *args: Any) -> None:
         """Log what the forward and the adjoint solves did."""
@@ -429,7 +447,8 @@ class EquilibriumModule(pl.LightningModule):
         """The model's output for these inputs; see :meth:`regularized`.
 
         At the first batch of a stage the spectral radius of df/dz at z* is logged, as the mean over its first few
-        samples and over the calls of a layer: below 1 plain iteration converges.
+        samples and over the calls of a layer: below 1 plain iteration converges. Where a validation :meth:`shows` its
+        samples, the convergence of the same few is drawn as ``val/convergence``.
         """
         model = self.model if forward is None else forward
         if batch_index > 0:
@@ -445,8 +464,24 @@ class EquilibriumModule(pl.LightningModule):
                 self.log(key, torch.stack(found).float().mean(), on_epoch=True, batch_size=1, sync_dist=True)
         return output
 
+        if stage == "val" and not (self._trainer is None or self.trainer.sanity_checking):
+            self._validations += 1
+        if self.shows(stage, batch_index):
+            reports = samples.traced(self, ((deq, _first_rows(z, x)[1]) for deq, x, z in calls))
+            if reports:
+                samples.show(self.trainer, "val/convergence", lambda: samples.convergence(self, reports))
     @contextmanager
     def _calls_recorded(self) -> Iterator[list[tuple[DEQ, tuple[Any, ...], Any]]]:
+    def shows(self, stage: str, batch_index: int) -> bool:
+        """Whether the loggers are given samples of this batch, which :meth:`observed` has seen.
+
+        It is the first one of a validation that ``show_every`` asks for, not of the sanity check, in a run with a
+        logger. All processes say the same.
+        """
+        if self._trainer is None or self.show_every == 0 or (self._validations - 1) % self.show_every:
+            return False
+        return samples.are_shown(self.trainer, stage, batch_index)
+
         """The calls of all equilibrium layers within this context, as (layer, inputs, z*)."""
         calls: list[tuple[DEQ, tuple[Any, ...], Any]] = []
 

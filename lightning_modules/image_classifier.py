@@ -12,6 +12,7 @@ from torchmetrics.classification import MulticlassAccuracy
 from zoo import InputError
 
 from .base import EquilibriumModule, with_own
+from .samples import class_names, classified, show
 from .targets import check_targets
 
 Batch = tuple[Tensor, Tensor]
@@ -99,6 +100,8 @@ class ImageClassifier(EquilibriumModule):
         size = label.numel()
         self.log(f"{stage}/loss", F.cross_entropy(logits, label), on_epoch=True, batch_size=size, sync_dist=True)
         self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=size)
+        if self.shows(stage, batch_index):
+            show(self.trainer, "val/samples", lambda: classified(image, logits, label, class_names(self.trainer)))
 
     @staticmethod
     def _check_labels(logits: Tensor, label: Tensor) -> None:

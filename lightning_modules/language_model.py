@@ -21,9 +21,12 @@ from zoo.implicit.solvers.base import is_count
 from zoo.vocabulary import IGNORED
 
 from .base import EquilibriumModule, with_own
+from .samples import continued, show, undisturbed
 from .targets import check_targets
 
 Batch = tuple[Tensor, Tensor]
+SHOWN = 3
+"""Rows of a validation whose continuation is shown."""
 
 
 class LanguageModel(EquilibriumModule):
@@ -141,6 +144,36 @@ class LanguageModel(EquilibriumModule):
         nll = self._read(stage, batch, batch_index, observed)
         metrics.update(nll.sum(), (target != IGNORED).sum(), self._bytes(target).sum())
         self.log_dict(metrics, on_epoch=True, prog_bar=True)
+        if self.shows(stage, batch_index):
+            texts = self._continued(*batch)
+            show(self.trainer, "val/samples", lambda: continued(*(map(self._text, each) for each in texts)))
+
+    def _continued(self, tokens: Tensor, target: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """The beginnings of a few rows, how they go on, and how the model goes on, which all processes let it do.
+
+        Both go on for as long: 60 tokens, or half of a row that is shorter. What the model writes is drawn at a
+        temperature of 0.7 from random numbers of its own.
+        """
+        text = torch.cat([tokens[:SHOWN], target[:SHOWN, -1:].clamp_min(0)], dim=1)
+        length = min(60, text.shape[1] // 2)
+        read, goes_on = text[:, :-length], text[:, -length:]
+        positions = max(1, self._language.memory_length if self.eval_memory_length is None else self.eval_memory_length)
+        with undisturbed(self.equilibria().values()), self._remembering(positions):
+            written = self._language.generate(
+                read,
+                length,
+                temperature=0.7,
+                generator=torch.Generator(self.device).manual_seed(0),
+                # What is read along depends on the texts, and some cells have the processes wait for each other.
+                lookahead=8 if self.trainer.world_size == 1 else 0,
+            )
+        return read, goes_on, cast(Tensor, written)
+
+    def _text(self, tokens: Tensor) -> str:
+        """As the data module decodes it; numbers where it does not."""
+        decode = getattr(getattr(self.trainer, "datamodule", None), "decode", None)
+        tokens = tokens.cpu()
+        return " ".join(map(str, tokens.tolist())) if decode is None else cast(str, decode(tokens))
 
     def _read(self, stage: str, batch: Batch, batch_index: int, model: Callable[..., Any]) -> Tensor:
         """-log p of each target, ``(B, L)``, after all that this pass has read."""
@@ -303,8 +336,6 @@ def _in_bits(nats: Tensor) -> Tensor:
     return nats / math.log(2)
 
 
-def _tensors(memory: Any) -> list[Tensor]:
-    return [x for x in pytree.tree_leaves(memory) if isinstance(x, Tensor)]
 def of_all_processes(tensors: list[Tensor], device: torch.device) -> list[Tensor]:
     """The rows of all processes, those of the first one first; none if not all processes have as many tensors."""
     counts = gather_all_tensors(torch.tensor(len(tensors), device=device))
@@ -313,3 +344,5 @@ def of_all_processes(tensors: list[Tensor], device: torch.device) -> list[Tensor
     return [torch.cat(gather_all_tensors(x.contiguous().to(device))) for x in tensors]
 
 
+def _tensors(memory: Any) -> list[Tensor]:
+    return [x for x in pytree.tree_leaves(memory) if isinstance(x, Tensor)]

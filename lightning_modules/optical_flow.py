@@ -18,9 +18,8 @@ from zoo.implicit.trajectory import fixed_point_correction
 from zoo.video import FlowStream
 
 from .base import EquilibriumModule
-from .flow_files import comparison
 from .flow_metrics import FlowErrors
-from .pictures import log_picture
+from .samples import moved, show
 
 Batch = Sequence[Tensor]
 Targets = tuple[Tensor, Tensor, Tensor | None]
@@ -36,7 +35,7 @@ class OpticalFlow(EquilibriumModule):
 
     Logs ``{train,val,test}/loss`` and, of an epoch, the measures of :class:`FlowErrors`, ``/epe``, ``/1px``, ``/3px``,
     ``/f1_all``, ``/epe_per_image``, ``/epe_zero`` and where the data tell it ``/epe_visible`` and ``/epe_occluded``,
-    beside the solver's statistics. The first samples of each validation are drawn: see :func:`log_picture`.
+    beside the solver's statistics. The first samples of a validation are drawn: see show_every.
 
     Sequences are videos: each pair of neighbours is solved from the flow of the pair before, in training too (without a
     gradient from one to the next, and not while the cell is unrolled). In validation and testing the solver's
@@ -219,9 +218,9 @@ class OpticalFlow(EquilibriumModule):
         errors.update(flow, target, valid, occluded)
         loss = self._distance(flow, target, valid)
         self.log(f"{stage}/loss", loss, on_epoch=True, prog_bar=True, batch_size=len(image), sync_dist=True)
-        if stage == "val" and batch_index == 0 and not self.trainer.sanity_checking:
+        if self.shows(stage, batch_index):
             known = target.where(valid.unsqueeze(1), 0)
-            log_picture(self.trainer, "val/flow", comparison(image, known, flow))
+            show(self.trainer, "val/flow", lambda: moved(image, known, flow))
 
     def _video(self, frames: Tensor) -> Tensor:
         """The flow from each frame to the next, ``(B, T - 1, 2, H, W)``; the layer's report is of all the solves."""

@@ -15,6 +15,7 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 from zoo import InputError
 
 from .base import EquilibriumModule, with_own
+from .samples import class_names, segmented, show
 from .targets import check_targets
 
 Batch = tuple[Tensor, Tensor]
@@ -120,6 +121,9 @@ class SemanticSegmenter(EquilibriumModule):
         metrics.update(logits.argmax(dim=1), label)
         self.log(f"{stage}/loss", loss, on_epoch=True, batch_size=pixels, sync_dist=True)
         self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=pixels)
+        if self.shows(stage, batch_index):
+            given = (image, logits.argmax(dim=1), label, self.ignore_index)
+            show(self.trainer, "val/samples", lambda: segmented(*given, class_names(self.trainer)))
 
     def _loss(
         self, logits: Tensor, label: Tensor, divisor: Callable[[Tensor], Tensor] = lambda weight: weight

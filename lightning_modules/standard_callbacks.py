@@ -7,8 +7,9 @@ from pytorch_lightning.callbacks import Callback
 
 from .safe_checkpoints import SaveSafely
 from .skipped_steps import SkippedSteps
+from .training_figures import LearningRate, Throughput
 
-STANDARD: tuple[type[Callback], ...] = (SaveSafely, SkippedSteps)
+STANDARD: tuple[type[Callback], ...] = (SaveSafely, SkippedSteps, LearningRate, Throughput)
 """Each is made without arguments; a run that was given one of its kind keeps that."""
 
 

@@ -27,6 +27,7 @@ _NAME = re.compile(
 )
 _SUBTYPES = re.compile(r"Subtypes: \[.*?<class '([^']+)'>")
 _UNRECOGNIZED = re.compile(r"(?:unrecognized arguments:|does not accept option) '?([^\s']+)")
+_PACKAGE = re.compile(r"Problem with given class_path '([^']+)':\s+([^\n]*pip install[^\n]*)")
 _CONFIG = re.compile(r"Unexpected config:(.*)", re.DOTALL)
 _FILE = re.compile(r"File does not exist: '([^']+)'")
 _REQUIRED = re.compile(r"the following arguments are required: (.*)|Key \"(\w+)\" is required")
@@ -44,7 +45,7 @@ def explain(message: str, parser: argparse.ArgumentParser | None = None) -> str:
         the sentence; ``message`` itself where its kind is not known.
     """
     text = message.strip()
-    for tell in (_unknown_option, _wrong_type, _unknown_class, _no_keys):
+    for tell in (_missing_package, _unknown_option, _wrong_type, _unknown_class, _no_keys):
         if (told := tell(text)) is not None:
             return told
     if found := _UNRECOGNIZED.search(text):
@@ -67,6 +68,11 @@ def _no_keys(text: str) -> str | None:
     found = _CONFIG.search(text)
     given = found and (repr(found[1].strip()) if found[1].strip() else "an empty file")
     return given and f"a configuration file holds keys and their values; given: {given}"
+
+
+def _missing_package(text: str) -> str | None:
+    found = _PACKAGE.search(text)
+    return found and f"{found[1].rpartition('.')[2]} needs a package that is not installed. {found[2]}"
 
 
 def _unknown_option(text: str) -> str | None:

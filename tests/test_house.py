@@ -36,6 +36,7 @@ MAY_IMPORT = {
     "lightning_modules": {
         *("torch", "torchvision", "pytorch_lightning", "lightning_fabric", "torchmetrics", "zoo"),
         "numpy",  # whose random numbers are seeded, for users' modules
+        "PIL",  # letters on the pictures for the loggers
     },
     "datamodules": {"torch", "pytorch_lightning", "torchvision", "sklearn", "numpy", "PIL"},
     "commands": {

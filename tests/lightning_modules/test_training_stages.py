@@ -510,7 +510,8 @@ def test_the_spectral_radius_is_that_of_a_few_rows(size: int, monkeypatch: pytes
         ({"schedule": "one_cycle", "warmup_steps": 3}, "one_cycle' rises and ends by itself.*given: 3 and 0.0"),
         ({"schedule": "one_cycle", "min_lr": 1e-4}, "takes warmup_steps=0 and min_lr=0; given: 0 and 0.0001"),
         ({"warmup_fraction": 1.0}, r"warmup_fraction takes a number in \[0, 1\); given: 1.0"),
-        ({"schedule_margin": -1}, "schedule_margin takes an integer >= 0; given: -1"),
+        ({"schedule_margin": -1}, "schedule_margin and show_every take integers >= 0; given: -1 and 1"),
+        ({"show_every": 0.5}, "schedule_margin and show_every take integers >= 0; given: 0 and 0.5"),
         ({"min_lr": 0.1}, "min_lr takes a number from 0 to lr; given: 0.1 and 0.001"),
         ({"optimizer": "AdmW"}, r"unknown optimizer 'AdmW'. Did you mean 'AdamW'\? Known: .*SGD"),
         (

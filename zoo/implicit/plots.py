@@ -88,6 +88,17 @@ def convergence_plot(
     return figure
 
 
+def rendered(figure: Figure) -> Tensor:
+    """A figure as an image, for loggers that take images only: uint8 ``(3, H, W)``. No window is opened."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas: Any = FigureCanvasAgg(figure)
+    canvas.draw()
+    W, H = canvas.get_width_height()
+    pixels = torch.frombuffer(bytearray(canvas.buffer_rgba()), dtype=torch.uint8)
+    return pixels.view(H, W, 4)[..., :3].permute(2, 0, 1).contiguous()
+
+
 def _checked(reports: Mapping[str, SolverReport]) -> Mapping[str, SolverReport]:
     if not isinstance(reports, Mapping) or not all(isinstance(report, SolverReport) for report in reports.values()):
         raise TypeError(
