@@ -87,17 +87,17 @@ class EquilibriumModule(pl.LightningModule):
         warmup_fraction: the fraction of the run in which the learning rate of ``one_cycle`` rises.
         schedule_margin: ``one_cycle`` ends so many steps after the run; 100 in the published training of RAFT and of
             DEQ flow.
-
         show_every: of so many validations of a run the first gives the loggers samples with their predictions, and a
             plot of how the solves converged, of the first batch; 0 gives none.
+
     Raises:
         ValueError: an unknown name, or an argument out of its range.
         CheckpointError, WeightsError: what to start from cannot be read, or has other weights than the model.
     """
 
-    def __init__(
     _validations = 0
 
+    def __init__(
         self,
         model: str,
         model_args: Mapping[str, Any] | None = None,
@@ -126,8 +126,8 @@ class EquilibriumModule(pl.LightningModule):
         warmup_steps: int = 0,
         warmup_fraction: float = 0.05,
         schedule_margin: int = 0,
-    ) -> None:
         show_every: int = 1,
+    ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
         _require(
@@ -321,14 +321,6 @@ class EquilibriumModule(pl.LightningModule):
 
     # --- solver statistics
 
-    def log(self, name: str, value: Any, *args: Any, batch_size: float | None = None, **options: Any) -> None:
-        """As Lightning's; the mean over processes of how much their batches weigh is no whole number.
-
-        Lightning 2.6 rounds it down where the weights are whole numbers: of 3 and 2 samples the mean would be 2, and
-        the loss of all five a quarter too large.
-        """
-        super().log(name, value, *args, batch_size=None if batch_size is None else float(batch_size), **options)  # type: ignore[arg-type]
-
     def on_train_batch_end(self, *args: Any) -> None:
         """Log what the forward and the adjoint solves did."""
         self._log_solver("train", on_step=True, on_epoch=False)
@@ -462,16 +454,14 @@ class EquilibriumModule(pl.LightningModule):
             if found:
                 key = f"{stage}/{name}spectral_radius"
                 self.log(key, torch.stack(found).float().mean(), on_epoch=True, batch_size=1, sync_dist=True)
-        return output
-
         if stage == "val" and not (self._trainer is None or self.trainer.sanity_checking):
             self._validations += 1
         if self.shows(stage, batch_index):
             reports = samples.traced(self, ((deq, _first_rows(z, x)[1]) for deq, x, z in calls))
             if reports:
                 samples.show(self.trainer, "val/convergence", lambda: samples.convergence(self, reports))
-    @contextmanager
-    def _calls_recorded(self) -> Iterator[list[tuple[DEQ, tuple[Any, ...], Any]]]:
+        return output
+
     def shows(self, stage: str, batch_index: int) -> bool:
         """Whether the loggers are given samples of this batch, which :meth:`observed` has seen.
 
@@ -482,6 +472,8 @@ class EquilibriumModule(pl.LightningModule):
             return False
         return samples.are_shown(self.trainer, stage, batch_index)
 
+    @contextmanager
+    def _calls_recorded(self) -> Iterator[list[tuple[DEQ, tuple[Any, ...], Any]]]:
         """The calls of all equilibrium layers within this context, as (layer, inputs, z*)."""
         calls: list[tuple[DEQ, tuple[Any, ...], Any]] = []
 
