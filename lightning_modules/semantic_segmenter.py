@@ -25,9 +25,9 @@ class SemanticSegmenter(EquilibriumModule):
     """Semantic segmentation with an equilibrium model: cross-entropy, mean intersection over union, pixel accuracy.
 
     Logs ``{train,val,test}/loss``, ``/miou`` and ``/pixel_accuracy`` beside the solver's statistics. All are over the
-    pixels whose label is not ``ignore_index``: the loss as a mean over batches, the others from one confusion matrix of
-    an epoch. The mIoU is the mean of IoU_c = TP_c / (TP_c + FP_c + FN_c) over the classes c that occur, as labels or as
-    predictions, but for a class whose index is ``ignore_index``.
+    pixels whose label is not ``ignore_index``: the loss as a mean by their weights, the others from one confusion
+    matrix of an epoch. The mIoU is the mean of IoU_c = TP_c / (TP_c + FP_c + FN_c) over the classes c that occur, as
+    labels or as predictions, but for a class whose index is ``ignore_index``.
 
     Args:
         model: a name of ``zoo.list_models()``, of a model that gives logits at the size of its input.
@@ -93,11 +93,11 @@ class SemanticSegmenter(EquilibriumModule):
         """Cross-entropy plus the Jacobian term."""
         image, label = batch
         logits, jacobian_term = self.regularized("train", image)
-        loss, pixels = self._loss(logits, label, self.of_joint_batch)
+        loss, _ = self._loss(logits, label, self.of_joint_batch)
         if loss.isfinite():  # else the step is skipped
             self.train_metrics.update(logits.argmax(dim=1), label)
-        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=pixels)
-        self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=pixels)
+        self.log("train/loss", loss.detach(), prog_bar=True, batch_size=len(label))
+        self.log_dict(self.train_metrics, on_step=False, on_epoch=True, batch_size=len(label))
         return loss + jacobian_term
 
     def validation_step(self, batch: Batch, batch_index: int) -> None:
@@ -117,18 +117,18 @@ class SemanticSegmenter(EquilibriumModule):
     def _evaluate(self, stage: str, metrics: MetricCollection, batch: Batch, batch_index: int) -> None:
         image, label = batch
         logits = self.observed(stage, batch_index, image)
-        loss, pixels = self._loss(logits, label)
+        loss, weight = self._loss(logits, label)
         metrics.update(logits.argmax(dim=1), label)
-        self.log(f"{stage}/loss", loss, on_epoch=True, batch_size=pixels, sync_dist=True)
-        self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=pixels)
+        self.log(f"{stage}/loss", loss, on_epoch=True, batch_size=weight, sync_dist=True)
+        self.log_dict(metrics, on_epoch=True, prog_bar=True, batch_size=len(label))
         if self.shows(stage, batch_index):
             given = (image, logits.argmax(dim=1), label, self.ignore_index)
             show(self.trainer, "val/samples", lambda: segmented(*given, class_names(self.trainer)))
 
     def _loss(
         self, logits: Tensor, label: Tensor, divisor: Callable[[Tensor], Tensor] = lambda weight: weight
-    ) -> tuple[Tensor, int]:
-        """The mean cross-entropy over the pixels that count, 0 if there is none, and how many there are (at least 1).
+    ) -> tuple[Tensor, float]:
+        """The mean cross-entropy over the pixels that count, 0 if there is none, and the sum of their weights.
 
         Args:
             logits: ``(B, C, H, W)``.
@@ -145,13 +145,13 @@ class SemanticSegmenter(EquilibriumModule):
                 f"{tuple(logits.shape)}. ImageClassifier takes models that give one class an image"
             )
         B, C, *size = logits.shape
-        pixels = check_targets("labels", label, (B, *size), "a pixel", C, self.ignore_index)
+        check_targets("labels", label, (B, *size), "a pixel", C, self.ignore_index)
         counts = label != self.ignore_index
         weights = self.class_weights
         total = F.cross_entropy(logits, label, weight=weights, ignore_index=self.ignore_index, reduction="sum")
         weight = counts.sum().float() if weights is None else (weights[label.where(counts, 0)] * counts).sum()
-        weight = divisor(weight)
-        return total / torch.where(weight > 0, weight, 1), max(1, pixels)
+        divided_by = divisor(weight)
+        return total / torch.where(divided_by > 0, divided_by, 1), float(weight)
 
 
 def _is_weight(value: object) -> bool:

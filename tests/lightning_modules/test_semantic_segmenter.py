@@ -128,9 +128,10 @@ def test_the_loss_is_torchs(size: Any, weights: Any, ignore_index: int, seed: in
     label = torch.randint(0, 4, size, generator=generator)
     label[torch.rand(label.shape, generator=generator) < 0.3] = ignore_index
     module = segmenter(class_weights=weights, ignore_index=ignore_index)
-    loss, pixels = module._loss(logits, label)
+    loss, total = module._loss(logits, label)
     counted = int((label != ignore_index).sum())
-    assert pixels == max(1, counted)
+    of_pixel = [1.0] * 4 if weights is None else weights
+    assert total == pytest.approx(sum(of_pixel[k] for k in label[label != ignore_index].tolist()), rel=1e-5)
     (grad,) = torch.autograd.grad(loss, logits)
     if counted == 0:
         assert loss == 0
