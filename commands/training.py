@@ -1,8 +1,9 @@
-"""The commands fit, validate, test and predict: Lightning's own LightningCLI in subclass mode, with five things on top.
+"""The commands fit, validate, test and predict: Lightning's own LightningCLI in subclass mode, with six things on top.
 
 A checkpoint brings its own model and data, so that ``test --ckpt_path FILE`` needs nothing else; what is typed beats
 what the checkpoint says, and is shown; an error is one message that names the nearest valid spelling; ``fit`` ends by
-testing its best checkpoint; and a run that is interrupted leaves a checkpoint and says how to go on.
+testing its best checkpoint; a run that is interrupted leaves a checkpoint and says how to go on; and
+``fit --resume auto`` goes on, however it stopped.
 """
 
 from __future__ import annotations
@@ -31,9 +32,14 @@ from rich.console import Console
 from rich.table import Table
 
 import lightning_modules
+from commands import resuming
+from commands.launches import refuse_other_counts
 from commands.quiet import silence_what_users_cannot_act_on
 from datamodules import DataError  # importing the package makes its classes known to the parser by their short names
 from lightning_modules.checkpoints import CheckpointError, check_fits, read_checkpoint
+from lightning_modules.continued_runs import ContinuedRun
+from lightning_modules.out_of_memory import NotEnoughMemoryError, told_of_memory
+from lightning_modules.safe_checkpoints import replacing
 from lightning_modules.usage_errors import UsageError, explain
 from zoo import InputError, WeightsError
 from zoo.implicit.choices import in_short
@@ -61,6 +67,8 @@ USERS_ERRORS = (
     DataError,
     MisconfigurationException,
     FileNotFoundError,
+    lightning_modules.TrainingError,
+    NotEnoughMemoryError,
 )
 
 
@@ -71,7 +79,8 @@ def main(args: Sequence[str]) -> ZooCLI:
         one of ``USERS_ERRORS``: what the user can do something about.
     """
     silence_what_users_cannot_act_on()
-    return ZooCLI(args)
+    with told_of_memory():
+        return ZooCLI(args)
 
 
 class Parser(LightningArgumentParser):
@@ -104,7 +113,8 @@ class SaveConfig(SaveConfigCallback):
             return
         folder = lightning_modules.run_dir(trainer)
         folder.mkdir(parents=True, exist_ok=True)
-        self.parser.save(self.config, folder / self.config_filename, skip_none=False, overwrite=True)
+        with replacing(folder / self.config_filename) as file:  # a run that goes on has one already
+            file.write(self.parser.dump(self.config, skip_none=False).encode("utf-8"))
 
 
 class ZooCLI(LightningCLI):
@@ -112,6 +122,8 @@ class ZooCLI(LightningCLI):
 
     def __init__(self, args: Sequence[str]) -> None:
         self.checkpoint: dict[str, Any] | None = None
+        self.resumed: resuming.Resumed | None = None
+        self.looked_for_checkpoints = False
         super().__init__(
             model_class=lightning_modules.EquilibriumModule,
             datamodule_class=pl.LightningDataModule,
@@ -148,6 +160,13 @@ class ZooCLI(LightningCLI):
             help="CPU threads of one operation; torch's default is one a core, and small models are fastest with 1.",
         )
         parser.add_argument(
+            "--resume",
+            type=str | None,
+            default=None,
+            help="fit --resume auto: go on with the run of this name, in its folder, from its last good checkpoint; "
+            "start it if there is none.",
+        )
+        parser.add_argument(
             "--test_after_fit", type=bool, default=True, help="After fit, test the best checkpoint on the test set."
         )
 
@@ -156,12 +175,9 @@ class ZooCLI(LightningCLI):
         path = _ckpt_path(args)
         if _is_a_file(path) and args[0] in SUBCOMMANDS:
             self.checkpoint = read_checkpoint(path, _typed(args))
-            with tempfile.TemporaryDirectory() as folder:
-                defaults = Path(folder, "checkpoint.yaml")
-                defaults.write_text(yaml.safe_dump(self.checkpoint["made_by"]), encoding="utf-8")
-                self.config = parser.parse_args([args[0], "--config", str(defaults), *args[1:]])
-            self.config[args[0]].pop("config", None)
+            self.config = _parsed_over(self.checkpoint, parser, args)
             self.config[args[0]].ckpt_path = path  # also where a configuration after it names another
+            self._refuse_resume()
         else:
             self.config = parser.parse_args(args)
             path = self.config[self.config.subcommand].ckpt_path  # a configuration can name one too
@@ -170,8 +186,26 @@ class ZooCLI(LightningCLI):
                 there = f"the newest are {', '.join(map(str, newest))}" if newest else "there is none under runs"
                 raise UsageError(f"--ckpt_path takes a file, since every run has a folder of its own; {there}")
             self.checkpoint = read_checkpoint(path, _typed(args)) if _is_a_file(path) else None
+            if self._refuse_resume():
+                self._look_for_checkpoints(parser, args)
         if self.checkpoint is not None:
             self._say_what_replaces(self.checkpoint, self.config.subcommand)
+
+    def _refuse_resume(self) -> bool:
+        """Whether ``--resume auto`` is given; UsageError where something is wrong with it."""
+        command = self.config.subcommand
+        if command != "fit" and self.config[command].resume is not None:
+            raise UsageError(f"--resume goes with fit, and this is {command}, which takes --ckpt_path FILE")
+        return resuming.wanted(self.config[command])
+
+    def _look_for_checkpoints(self, parser: LightningArgumentParser, args: Sequence[str]) -> None:
+        """``--resume auto``: take the last good one, as if it were typed."""
+        self.looked_for_checkpoints = True
+        self.resumed = resuming.find(self.config.fit, _typed(args))
+        if self.resumed is not None:
+            self.checkpoint = self.resumed.checkpoint
+            self.config = _parsed_over(self.checkpoint, parser, args)
+        self.config.fit.resume = None  # config.yaml says what the run is, and can be the start of another
 
     def _parse_ckpt_path(self) -> None:
         """Lightning would let the checkpoint's values replace typed ones here, without a word; see above."""
@@ -183,23 +217,42 @@ class ZooCLI(LightningCLI):
 
     def instantiate_classes(self) -> None:
         """Make model, data and trainer; what their constructors refuse is a usage error."""
+        self.asked = self.config
+        if self.resumed is not None:
+            self.config = self.config.clone()
+            self.config.fit = self.resumed.of_the_same_run(self.config.fit)
         try:
             super().instantiate_classes()
         except (ValueError, TypeError) as error:
             raise UsageError(explain(str(error))) from error
 
+    def instantiate_trainer(self, **kwargs: Any) -> pl.Trainer:
+        """Make the trainer, whose config.yaml says what was asked for."""
+        self.config = self.asked
+        trainer: pl.Trainer = super().instantiate_trainer(**kwargs)
+        refuse_other_counts(trainer)
+        return trainer
+
     def after_instantiate_classes(self) -> None:
-        """Refuse a checkpoint of another model before anything is touched."""
+        """Refuse a checkpoint of another model before anything is touched; go on in the run's own folder."""
         if self.checkpoint is not None:
             check_fits(self.checkpoint, self.model)
+        if self.looked_for_checkpoints:
+            found = self.resumed
+            run = ContinuedRun(None, 0) if found is None else ContinuedRun(found.path, found.step)
+            run.take_up_logs(self.trainer)
+            self.trainer.callbacks.append(run)  # type: ignore[attr-defined]
 
     def before_predict(self) -> None:
         """Keep no predictions in memory: each batch is written as it comes."""
         self.config_init["predict"]["return_predictions"] = False
 
     def before_fit(self) -> None:
-        """Start the clock."""
+        """Start the clock; go on from what was found."""
         self.started = time.monotonic()
+        if self.resumed is not None:
+            warnings.filterwarnings("ignore", message="Checkpoint directory .* exists and is not empty")
+            self.config_init["fit"]["ckpt_path"] = str(self.resumed.path)
 
     def after_fit(self) -> None:
         """Test the best checkpoint, and show what came out and where it is."""
@@ -238,6 +291,16 @@ class ZooCLI(LightningCLI):
                         f"of {path}. To train with another {key}, start a fit without --ckpt_path",
                         stacklevel=2,
                     )
+
+
+def _parsed_over(checkpoint: Mapping[str, Any], parser: LightningArgumentParser, args: Sequence[str]) -> Any:
+    """What is typed, with the checkpoint's own model and data as the defaults of what is not."""
+    with tempfile.TemporaryDirectory() as folder:
+        defaults = Path(folder, "checkpoint.yaml")
+        defaults.write_text(yaml.safe_dump(checkpoint["made_by"]), encoding="utf-8")
+        config = parser.parse_args([args[0], "--config", str(defaults), *args[1:]])
+    config[args[0]].pop("config", None)
+    return config
 
 
 def _print_results(best: str, values: Mapping[str, float]) -> None:

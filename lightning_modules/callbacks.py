@@ -1,4 +1,4 @@
-"""Callbacks of the command line: nothing is lost when a run stops, and predictions are written."""
+"""Predictions are written to files."""
 
 from __future__ import annotations
 
@@ -9,40 +9,13 @@ from typing import Any, Literal
 
 import pytorch_lightning as pl
 import torch
-from pytorch_lightning.callbacks import BasePredictionWriter, Callback
+from pytorch_lightning.callbacks import BasePredictionWriter
 from pytorch_lightning.utilities import rank_zero_info
 from torch import Tensor
 
 from .flow_files import colour_picture, longest, write_flo, write_kitti
 from .png import write_png
-
-
-def run_dir(trainer: pl.Trainer) -> Path:
-    """The folder of this run alone: ``<save_dir>/<name>/<version>`` of the logger, as ModelCheckpoint has it."""
-    logger = trainer.logger
-    if logger is None or logger.save_dir is None:
-        return Path(trainer.default_root_dir)
-    version = logger.version if isinstance(logger.version, str) else f"version_{logger.version}"
-    return Path(logger.save_dir, str(logger.name), version)
-
-
-class InterruptCheckpoint(Callback):
-    """Writes a checkpoint when training is interrupted or fails, and says where it is and how to go on."""
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Write ``interrupted.ckpt`` beside the other checkpoints, if training had begun."""
-        if trainer.state.fn != "fit" or trainer.sanity_checking or trainer.global_step == 0:
-            return
-        folder = run_dir(trainer)
-        path = folder / "checkpoints" / "interrupted.ckpt"
-        trainer.save_checkpoint(path, weights_only=False)
-        # The checkpoint knows the model and the data; the number of epochs, the logger and the rest are in this file.
-        config = f"-c {folder / 'config.yaml'} " if (folder / "config.yaml").is_file() else ""
-        rank_zero_info(
-            f"Stopped at step {trainer.global_step} by {type(exception).__name__}. The state is saved in {path}\n"
-            f"To go on:    python cli.py fit {config}--ckpt_path {path}\n"
-            f"To test it:  python cli.py test --ckpt_path {path}"
-        )
+from .run_folder import run_dir
 
 
 class PredictionWriter(BasePredictionWriter):

@@ -35,7 +35,8 @@ def read_checkpoint(path: str, typed: str = "") -> dict[str, Any]:
 
     Returns:
         ``made_by``: the configuration of the ``model`` (and, where known, the ``data``) that made it, as
-        ``{"class_path": ..., "init_args": ...}``; ``shapes``: parameter name -> shape; ``path``.
+        ``{"class_path": ..., "init_args": ...}``; ``shapes``: parameter name -> shape; ``path``; ``step`` and
+        ``epoch``; ``resumable``: whether it has all that training goes on from; ``run``: the folder of its run.
 
     Raises:
         CheckpointError: see the class.
@@ -78,7 +79,15 @@ def read_checkpoint(path: str, typed: str = "") -> dict[str, Any]:
                     "gradients of zoo.implicit can stand; nothing was loaded"
                 )
     shapes = {name: tuple(tensor.shape) for name, tensor in state.items()}
-    return {"path": path, "made_by": made_by, "shapes": shapes}
+    return {
+        "path": path,
+        "made_by": made_by,
+        "shapes": shapes,
+        "step": content.get("global_step"),
+        "epoch": content.get("epoch"),
+        "resumable": {"loops", "optimizer_states", "lr_schedulers", "global_step"} <= content.keys(),
+        "run": content.get("deq_zoo_run"),
+    }
 
 
 def _is_imported(choice: Mapping[str, Any], kind: type) -> bool:

@@ -5,11 +5,26 @@ from __future__ import annotations
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
+from .ending_together import EndTogether
+from .out_of_memory import MemoryAdvice
+from .run_folder import OneFolder
 from .safe_checkpoints import SaveSafely
+from .signals import StopOnSignal
 from .skipped_steps import SkippedSteps
+from .steps_of_log import StepsOfLog
 from .training_figures import LearningRate, Throughput
 
-STANDARD: tuple[type[Callback], ...] = (SaveSafely, SkippedSteps, LearningRate, Throughput)
+STANDARD: tuple[type[Callback], ...] = (
+    OneFolder,
+    StepsOfLog,
+    SaveSafely,
+    SkippedSteps,
+    StopOnSignal,
+    EndTogether,
+    MemoryAdvice,
+    LearningRate,
+    Throughput,
+)
 """Each is made without arguments; a run that was given one of its kind keeps that."""
 
 

@@ -1,0 +1,146 @@
+"""What is left when training stops before its end: a checkpoint that it can go on from exactly, and how."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytorch_lightning as pl
+from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
+from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
+from torch.utils.hooks import RemovableHandle
+
+from .checkpoints import CheckpointError
+from .run_folder import run_dir
+
+
+class StoppedBySignal(SystemExit):
+    """Training was asked to stop; all is saved, and what there is to say was said."""
+
+
+def interrupted_path(trainer: pl.Trainer) -> Path:
+    """Where the checkpoint of a run that was stopped is, beside the others."""
+    return run_dir(trainer) / "checkpoints" / "interrupted.ckpt"
+
+
+def how_to_go_on(trainer: pl.Trainer, path: Path) -> str:
+    """The commands that do, and that test what is there."""
+    # The checkpoint knows the model and the data; the number of epochs, the logger and the rest are in this file.
+    config = run_dir(trainer) / "config.yaml"
+    is_there = config.is_file()
+    return (
+        f"To go on:    python cli.py fit {f'-c {config} ' if is_there else ''}--ckpt_path {path}\n"
+        + ("             or, in the same folder, the same command as before with --resume auto\n" if is_there else "")
+        + f"To test it:  python cli.py test --ckpt_path {path}"
+    )
+
+
+class InterruptCheckpoint(Callback):
+    """Writes a checkpoint when training is interrupted or fails, and says where it is and how to go on.
+
+    What was done of a step that did not end does not count: the run goes on as from the end of the step before. So it
+    does where validation was interrupted, which is then made again from its beginning.
+
+    Of several processes one may have failed alone, so that nothing can be done together any more: the first one writes
+    what it has, where that is all there is, as with ``ddp``.
+    """
+
+    def __init__(self) -> None:
+        self._step: int | None = None
+        self._behind = 0
+        self._within_update = False
+        self._hooks: list[RemovableHandle] = []
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Whatever the run goes on from was loaded."""
+        self._step, self._behind, self._within_update = trainer.global_step, 0, False
+        self._hooks = [optimizer.register_step_post_hook(self._updated) for optimizer in trainer.optimizers]
+
+    def on_before_optimizer_step(self, *args: Any) -> None:
+        """From here on parameters may be those of one step or of the next."""
+        self._within_update = True
+
+    def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+        """Count the batches whose gradients are accumulated, which no checkpoint has."""
+        self._within_update = False
+        self._behind = self._behind + 1 if trainer.global_step == self._step else 0
+        self._step = trainer.global_step
+
+    def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Nothing is left to save."""
+        self._end()
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Write ``interrupted.ckpt`` beside the other checkpoints, if a step was made."""
+        began = self._step is not None
+        self._end()
+        if trainer.state.fn != "fit" or not began or trainer.global_step == 0:
+            return
+        if isinstance(exception, StoppedBySignal | CheckpointError):  # all is said; there is no room
+            return
+        name = f"Stopped at step {trainer.global_step} by {type(exception).__name__}."
+        if self._within_update:
+            rank_zero_warn(f"{name} It was within an update of the parameters, which is not saved by half")
+            return
+        path = interrupted_path(trainer)
+        try:
+            saved = self._save(trainer, path)
+        except Exception as failure:  # noqa: BLE001 - whatever it is, it must not hide what came first
+            rank_zero_warn(f"{name} Its state could not be saved: {failure}")
+            return
+        if saved:
+            rank_zero_info(f"{name} The state is saved in {path}\n{how_to_go_on(trainer, path)}")
+        else:
+            rank_zero_warn(
+                f"{name} Its state is spread over the processes, and was not saved; go on from the last checkpoint"
+            )
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count nothing that was not brought to its end."""
+        if trainer.interrupted:
+            _begin_validation_again(checkpoint) if trainer.validating else self._begin_step_again(checkpoint)
+
+    def _updated(self, *args: Any) -> None:
+        self._within_update = False
+
+    def _end(self) -> None:
+        self._step = None
+        for hook in self._hooks:
+            hook.remove()
+        self._hooks = []
+
+    def _save(self, trainer: pl.Trainer, path: Path) -> bool:
+        """Without the other processes, if there are some."""
+        strategy = trainer.strategy
+        if isinstance(strategy, SingleDeviceStrategy):
+            trainer.save_checkpoint(path, weights_only=False)
+            return True
+        if not isinstance(strategy, DDPStrategy):
+            return False
+        # Trainer.save_checkpoint would wait for the other processes.
+        content = trainer._checkpoint_connector.dump_checkpoint(weights_only=False)  # noqa: SLF001
+        strategy.save_checkpoint(content, path)
+        return True
+
+    def _begin_step_again(self, checkpoint: dict[str, Any]) -> None:
+        """Let the count of batches be that at the end of the last step."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        if progress["total"]["processed"] == progress["total"]["ready"] and self._behind == 0:
+            return  # it ended, and only hooks were left
+        ended = progress["current"]["processed"] - self._behind
+        before = progress["current"]["completed"] - ended
+        for count in (progress["total"], progress["current"]):
+            done = count["completed"] - before
+            count.update(ready=done, started=done, processed=done, completed=done)
+        progress["is_last_batch"] = False
+
+
+def _begin_validation_again(checkpoint: dict[str, Any]) -> None:
+    """Let Lightning find its first batch begun and not done: it goes back to one that was interrupted, and no other."""
+    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
+    for count in (progress["total"], progress["current"]):
+        count.update(ready=1, started=1, processed=0, completed=0)
+    progress["is_last_batch"] = False

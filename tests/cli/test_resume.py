@@ -1,0 +1,296 @@
+"""``fit --resume auto``: however a run stopped, the same command goes on with it, in its folder, as if it never had."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+import wandb
+import yaml
+from pytorch_lightning.demos.boring_classes import BoringModel
+
+from commands.training import ZooCLI
+from lightning_modules.checkpoints import CheckpointError
+from lightning_modules.continued_runs import ContinuedMetrics, ContinuedRun
+from tests.command_line import DIGITS, ROOT, TINY, Fitted, fit, metrics, refused, rows, said, same, weights
+
+RUNS = Path("runs", "tanh_deq_digits")
+AUTO = ("--resume", "auto")
+LONG = (*TINY, "--trainer.max_epochs", "3")
+
+
+class StopAt(pl.Callback):
+    """Somebody's Ctrl-C, at the beginning of this step."""
+
+    def __init__(self, step: int) -> None:
+        self.step = step
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step:
+            raise KeyboardInterrupt
+
+
+@contextlib.contextmanager
+def with_callback(callback: pl.Callback) -> Iterator[None]:
+    """Runs of the command line have this callback too."""
+    make = ZooCLI.instantiate_trainer
+
+    def made(self: ZooCLI, **kwargs: Any) -> pl.Trainer:
+        trainer = make(self, **kwargs)
+        trainer.callbacks.append(callback)
+        return trainer
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(ZooCLI, "instantiate_trainer", made)
+        yield
+
+
+def stopped_at(step: int, *args: str) -> None:
+    """A run that is interrupted before this step ends."""
+    with with_callback(StopAt(step)), pytest.raises(SystemExit):
+        fit("-c", DIGITS, *LONG, *args)
+
+
+def log(folder: Path) -> list[dict[str, str]]:
+    """What is logged, but for the time that it took and the means over a part of an epoch."""
+    left_out = ("samples_per_second", "evaluations_per_second", "train/accuracy", "per_s", "time")
+    return [
+        {key: value for key, value in row.items() if value and not any(word in key for word in left_out)}
+        for row in rows(folder / "metrics.csv")
+    ]
+
+
+def told(messages: list[str]) -> list[str]:
+    """What ``--resume auto`` said."""
+    return [message for message in messages if message.startswith("--resume auto")]
+
+
+def test_a_run_starts_and_a_finished_one_is_tested_again() -> None:
+    with said() as messages:
+        first = fit("-c", DIGITS, *LONG, *AUTO)
+    assert told(messages) == [f"--resume auto found no good checkpoint in {RUNS}: training starts from the beginning"]
+    before, saved = (first.folder / "metrics.csv").read_text(), weights(first.last)
+    with said() as messages:
+        second = fit("-c", DIGITS, *LONG, *AUTO)
+    assert told(messages) == [f"--resume auto goes on from {RUNS}/version_0/checkpoints/last.ckpt (step 6, epoch 2)"]
+    assert any(message.startswith("This run was finished already: nothing is left to train") for message in messages)
+    assert [folder.name for folder in RUNS.iterdir()] == ["version_0"]
+    assert metrics(second.cli)["test/accuracy"] == metrics(first.cli)["test/accuracy"]
+    assert "Result of the best checkpoint" in second.output
+    assert (first.folder / "metrics.csv").read_text() == before
+    assert same(weights(second.last), saved)
+
+
+def test_a_finished_run_is_trained_longer() -> None:
+    fit("-c", DIGITS, *TINY, *AUTO)
+    longer = fit("-c", DIGITS, *TINY, *AUTO, "--trainer.max_epochs", "2")
+    assert longer.folder.name == "version_0"
+    assert torch.load(longer.last, weights_only=True)["global_step"] == 4
+    config = yaml.safe_load((longer.folder / "config.yaml").read_text())
+    assert config["trainer"]["max_epochs"] == 2
+    assert (config["resume"], config["ckpt_path"], config["trainer"]["logger"]["init_args"]["version"]) == (None,) * 3
+
+
+@pytest.mark.parametrize("step", [1, 2, 3, 5])
+def test_it_is_as_if_it_had_never_stopped(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    whole = fit("-c", DIGITS, *LONG)
+    monkeypatch.chdir(tmp_path_of(tmp_path, "stopped"))
+    stopped_at(step, *AUTO)
+    assert (RUNS / "version_0" / "checkpoints" / "interrupted.ckpt").is_file()
+    resumed = fit("-c", DIGITS, *LONG, *AUTO)
+    assert resumed.folder == Path.cwd() / RUNS / "version_0"
+    first, second = (torch.load(run.last, weights_only=True) for run in (whole, resumed))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
+        assert same(first[part], second[part]), part
+    assert log(resumed.folder) == log(whole.folder)
+    assert metrics(resumed.cli)["test/accuracy"] == metrics(whole.cli)["test/accuracy"]
+    best = resumed.cli.trainer.checkpoint_callback.best_model_score
+    assert best == whole.cli.trainer.checkpoint_callback.best_model_score
+
+
+def tmp_path_of(tmp_path: Path, name: str) -> Path:
+    (tmp_path / name).mkdir()
+    return tmp_path / name
+
+
+def test_the_log_of_a_killed_run(fitted: Fitted) -> None:
+    """Rows after the checkpoint, and one that was not written to its end."""
+    folder = RUNS / "version_0"
+    (folder / "checkpoints").mkdir(parents=True)
+    content = torch.load(fitted.best, weights_only=True)
+    (folder / "checkpoints" / "best.ckpt").write_bytes(Path(fitted.best).read_bytes())
+    text = (fitted.folder / "metrics.csv").read_bytes()
+    (folder / "metrics.csv").write_bytes(text + text[text.index(b"\n") + 1 :][:40])
+    log = ContinuedMetrics(str(folder))
+    log.keep_before(content["global_step"])
+    log.log_metrics({"new": 1.5}, 17)
+    log.save()
+    kept = rows(folder / "metrics.csv")
+    before = [row for row in rows(fitted.folder / "metrics.csv") if int(row["step"]) < content["global_step"]]
+    assert [{**row, "new": ""} for row in before] == [dict(row) for row in kept[:-1]] != []
+    assert {key: value for key, value in kept[-1].items() if value} == {"new": "1.5", "step": "17"}
+    assert [file.name for file in folder.glob(".*")] == []
+
+
+# ------------------------------------------------------------------------------------------------- what is passed over
+
+
+@pytest.fixture
+def folder(fitted: Fitted) -> Path:
+    """Of a finished run of three epochs, copied; ``last`` is newer than ``best``."""
+    folder = RUNS / "version_0" / "checkpoints"
+    folder.mkdir(parents=True)
+    for age, name in enumerate(("last.ckpt", "best.ckpt")):
+        (folder / name).write_bytes((fitted.folder / "checkpoints" / name).read_bytes())
+        os.utime(folder / name, (0, 1_000_000 - age))
+    return folder
+
+
+def test_a_truncated_one(folder: Path) -> None:
+    last = folder / "last.ckpt"
+    last.write_bytes(last.read_bytes()[:-1000])
+    os.utime(last, (0, 2_000_000))
+    with said() as messages:
+        fit("-c", DIGITS, *LONG, *AUTO, "--test_after_fit", "false")
+    skipped, taken = told(messages)
+    assert skipped == f"--resume auto passes over {last}: is damaged, or not a checkpoint: File is not a zip file"
+    assert taken.startswith(f"--resume auto goes on from {folder / 'best.ckpt'} (step ")
+
+
+def test_all_of_them(folder: Path) -> None:
+    for file in folder.iterdir():
+        file.write_bytes(b"")
+    with said() as messages:
+        run = fit("-c", DIGITS, *TINY, *AUTO, "--test_after_fit", "false")
+    assert [message.partition(":")[0] for message in told(messages)] == [
+        f"--resume auto passes over {folder / 'last.ckpt'}",
+        f"--resume auto passes over {folder / 'best.ckpt'}",
+        f"--resume auto found no good checkpoint in {folder}",
+    ]
+    assert run.folder.name == "version_1", "what is damaged may still be of use to somebody"
+
+
+def test_weights_alone_and_another_model(folder: Path) -> None:
+    other = fit("-c", str(ROOT / "configs" / "resnet_digits.yaml"), *TINY[:-2], "--test_after_fit", "false")
+    (folder / "best.ckpt").write_bytes(Path(other.last).read_bytes())
+    content = torch.load(folder / "last.ckpt", weights_only=True)
+    del content["optimizer_states"]
+    torch.save(content, folder / "last.ckpt")
+    with said() as messages:
+        fit("-c", DIGITS, *TINY, *AUTO, "--test_after_fit", "false")
+    weights_only, foreign, _ = sorted(told(messages), reverse=True)
+    assert weights_only.endswith("last.ckpt: it holds weights only, with no state of optimizer and loops to go on from")
+    assert foreign.endswith("best.ckpt: it is of another run: its model is resnet, and tanh_deq was asked for")
+
+
+@pytest.mark.usefixtures("folder")
+def test_a_model_of_another_size_is_refused_as_always(capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "fit", "-c", DIGITS, *AUTO, "--model.model_args.width", "9")
+    assert message.startswith(f"{RUNS}/version_0/checkpoints/last.ckpt is a checkpoint of another model than the one")
+
+
+# ------------------------------------------------------------------------------------------------------- what is typed
+
+
+@pytest.mark.parametrize(
+    ("typed", "message"),
+    [
+        (("fit", "--resume", "last"), "--resume takes auto, and finds the run's last good checkpoint by itself; given"),
+        (("test", *AUTO), "--resume goes with fit, and this is test, which takes --ckpt_path FILE"),
+        (
+            ("fit", *AUTO, "--trainer.logger", "true"),
+            "--resume auto looks in the folder of the run, which it knows for",
+        ),
+    ],
+)
+def test_what_can_be_given(typed: tuple[str, ...], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert refused(capsys, typed[0], "-c", DIGITS, *typed[1:]).startswith(message)
+
+
+def test_one_of_the_two(fitted: Fitted, capsys: pytest.CaptureFixture[str]) -> None:
+    message = refused(capsys, "fit", "-c", DIGITS, *AUTO, "--ckpt_path", fitted.last)
+    assert message.startswith(f"--resume auto finds a checkpoint, and --ckpt_path {fitted.last} names one: give one of")
+
+
+@pytest.mark.usefixtures("folder")
+def test_what_is_typed_beats_the_checkpoint() -> None:
+    with said() as messages:
+        run = fit("-c", DIGITS, *LONG, *AUTO, "--test_after_fit", "false", "--model.label_smoothing", "0.3")
+    assert run.cli.model.hparams["label_smoothing"] == 0.3
+    assert any(message.startswith("model.label_smoothing: 0.3 as given, in place of 0.1 in") for message in messages)
+
+
+# -------------------------------------------------------------------------------------------------- where a run may be
+
+
+def test_tensorboard() -> None:
+    board = ("--trainer.logger", "TensorBoardLogger", "--trainer.logger.save_dir", "boards")
+    stopped_at(3, *board, *AUTO)
+    with said() as messages:
+        run = fit("-c", DIGITS, *LONG, *board, *AUTO)
+    (taken,) = told(messages)
+    assert (
+        taken
+        == "--resume auto goes on from boards/lightning_logs/version_0/checkpoints/interrupted.ckpt (step 3, epoch 1)"
+    )
+    assert run.folder.relative_to(Path.cwd()) == Path("boards", "lightning_logs", "version_0")
+
+
+@pytest.mark.usefixtures("wandb_offline")
+def test_wandb() -> None:
+    offline = ("-c", str(ROOT / "configs" / "loggers" / "wandb_offline.yaml"))
+    stopped_at(3, *offline, *AUTO)
+    wandb.finish()
+    (checkpoint,) = Path("runs", "deq-zoo").glob("*/checkpoints/interrupted.ckpt")
+    with said() as messages:
+        run = fit("-c", DIGITS, *offline, *LONG, *AUTO)
+    identity = checkpoint.parents[1].name
+    assert told(messages) == [f"--resume auto goes on from {checkpoint} (step 3, epoch 1)"]
+    assert run.cli.trainer.logger.version == identity
+    assert run.cli.trainer.logger.experiment.id == identity
+    assert run.folder.relative_to(Path.cwd()) == checkpoint.parents[1]
+    wandb.finish()
+
+
+def test_a_folder_of_its_own_for_checkpoints() -> None:
+    kept = ("--checkpoint.dirpath", "kept")
+    first = fit("-c", DIGITS, *TINY, *kept, "--test_after_fit", "false")
+    assert first.cli.trainer.logger.version == 0
+    with said() as messages:
+        second = fit("-c", DIGITS, *LONG, *kept, *AUTO, "--test_after_fit", "false")
+    assert told(messages) == ["--resume auto goes on from kept/last.ckpt (step 2, epoch 0)"]
+    assert second.cli.trainer.logger.version == 0
+
+
+def test_without_a_logger() -> None:
+    nothing = ("--trainer.logger", "false", "--test_after_fit", "false")
+    fit("-c", DIGITS, *TINY, *nothing)
+    with said() as messages:
+        fit("-c", DIGITS, *LONG, *nothing, *AUTO)
+    assert told(messages) == ["--resume auto goes on from checkpoints/last.ckpt (step 2, epoch 0)"]
+
+
+# --------------------------------------------------------------------------------------------------- several processes
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+@pytest.mark.parametrize("first", [Path("a.ckpt"), None])
+def test_all_processes_find_the_same(first: Path | None, tmp_path: Path) -> None:
+    class Found(ContinuedRun):
+        def setup(self, trainer: pl.Trainer, *args: Any, **kwargs: Any) -> None:
+            self.path = first if trainer.global_rank == 0 else Path("b.ckpt")
+            super().setup(trainer, *args, **kwargs)
+
+    trainer = pl.Trainer(
+        accelerator="cpu", devices=2, strategy="ddp_fork", callbacks=[Found(None, 7)], max_epochs=1, logger=False
+    )
+    with pytest.raises(Exception, match="on a disk that all machines share") as error:
+        trainer.fit(BoringModel())
+    assert f"--resume auto found {'no checkpoint' if first is None else 'a.ckpt (step 7)'} in" in str(error.value)
+    assert CheckpointError.__name__ in str(error.value) or isinstance(error.value, CheckpointError)
