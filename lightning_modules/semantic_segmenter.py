@@ -127,7 +127,7 @@ class SemanticSegmenter(EquilibriumModule):
 
     def _loss(
         self, logits: Tensor, label: Tensor, divisor: Callable[[Tensor], Tensor] = lambda weight: weight
-    ) -> tuple[Tensor, float]:
+    ) -> tuple[Tensor, Tensor]:
         """The mean cross-entropy over the pixels that count, 0 if there is none, and the sum of their weights.
 
         Args:
@@ -151,7 +151,7 @@ class SemanticSegmenter(EquilibriumModule):
         total = F.cross_entropy(logits, label, weight=weights, ignore_index=self.ignore_index, reduction="sum")
         weight = counts.sum().float() if weights is None else (weights[label.where(counts, 0)] * counts).sum()
         divided_by = divisor(weight)
-        return total / torch.where(divided_by > 0, divided_by, 1), float(weight)
+        return total / torch.where(divided_by > 0, divided_by, 1), weight
 
 
 def _is_weight(value: object) -> bool:

@@ -175,18 +175,20 @@ def test_worker_processes_change_nothing(num_workers: int, tmp_path: Path) -> No
     assert differing(final(tmp_path / "whole"), final(tmp_path / "alone")) == []
 
 
-@pytest.mark.parametrize("make", [tanh, transformer])
-def test_a_run_whose_length_is_a_number_of_steps_goes_on_exactly(make: Callable[..., Made], tmp_path: Path) -> None:
-    check(make, tmp_path, STARTS, max_steps=EPOCHS * EPOCH, max_epochs=-1)
+@pytest.mark.parametrize(("make", "starts"), [(tanh, STARTS), (transformer, ["end-4"])])
+def test_a_run_whose_length_is_a_number_of_steps_goes_on_exactly(
+    make: Callable[..., Made], starts: list[str], tmp_path: Path
+) -> None:
+    check(make, tmp_path, starts, max_steps=EPOCHS * EPOCH, max_epochs=-1)
 
 
 def test_steps_of_several_batches(tmp_path: Path) -> None:
-    """Six steps; the last one of an epoch that is no multiple has fewer batches."""
+    """Six steps in all: within an epoch, at its end, and within the second."""
     check(tanh, tmp_path, ["step-1", "step-2", "val-2", "end-2", "step-3"], accumulate_grad_batches=2)
 
 
 def test_validation_within_epochs(tmp_path: Path) -> None:
-    check(transformer, tmp_path, ["val-2", "step-3", "val-4", "end-4"], val_check_interval=2)
+    check(transformer, tmp_path, ["val-2", "end-4"], val_check_interval=2)
 
 
 def test_a_run_that_is_stopped_again_and_again(tmp_path: Path) -> None:

@@ -131,7 +131,7 @@ def test_the_loss_is_torchs(size: Any, weights: Any, ignore_index: int, seed: in
     loss, total = module._loss(logits, label)
     counted = int((label != ignore_index).sum())
     of_pixel = [1.0] * 4 if weights is None else weights
-    assert total == pytest.approx(sum(of_pixel[k] for k in label[label != ignore_index].tolist()), rel=1e-5)
+    assert float(total) == pytest.approx(sum(of_pixel[k] for k in label[label != ignore_index].tolist()), rel=1e-5)
     (grad,) = torch.autograd.grad(loss, logits)
     if counted == 0:
         assert loss == 0
