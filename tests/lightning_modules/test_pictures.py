@@ -20,7 +20,7 @@ PICTURE = torch.randint(0, 256, (3, 4, 5), dtype=torch.uint8, generator=torch.Ge
 
 
 class Board(Steps):
-    """A logger with an experiment as TensorBoard's, which is not installed here."""
+    """A logger with an experiment as TensorBoard's."""
 
     def __init__(self) -> None:
         super().__init__()
