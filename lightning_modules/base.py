@@ -27,6 +27,7 @@ from zoo.registry import plain
 from . import samples
 from .optimizers import Cosine, OneCycle, WarmUp, make_optimizer
 from .run_seed import RunSeed, correct_progress
+from .sharding import class_of, refuse_other_strategies
 from .standard_callbacks import standard_callbacks
 from .starting_weights import load_weights
 
@@ -240,6 +241,7 @@ class EquilibriumModule(pl.LightningModule):
 
     def configure_callbacks(self) -> list[Callback]:
         """What every run has besides what it was given; see ``standard_callbacks``."""
+        refuse_other_strategies(self.trainer)  # the first that is called of this module, before there are processes
         return standard_callbacks(self.trainer)
 
     def on_fit_start(self) -> None:
@@ -556,7 +558,7 @@ def _first_rows(z: Any, inputs: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
 
 def _class_path(thing: object) -> str:
     """Where the class is imported from: its package if it is public there, as configurations name it."""
-    cls = type(thing)
+    cls = class_of(thing)
     package = cls.__module__.partition(".")[0]
     public = getattr(sys.modules[package], cls.__name__, None) is cls
     return f"{package if public else cls.__module__}.{cls.__qualname__}"

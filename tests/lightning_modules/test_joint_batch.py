@@ -1,0 +1,111 @@
+"""Two processes under DDP are one process on the joint batch: every family, every gradient, and what training adds."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import pytorch_lightning as pl
+import torch
+from pytorch_lightning.callbacks import EMAWeightAveraging
+from torch import Tensor
+
+from tests.command_line import same
+from tests.lightning_modules import joint
+from tests.lightning_modules.joint import STEPS, TOL
+from zoo.implicit import (
+    GMRES,
+    Anderson,
+    BiCGSTAB,
+    Broyden,
+    ImplicitGradient,
+    NeumannGradient,
+    PhantomGradient,
+    UnrolledGradient,
+)
+
+# From Python 3.12 a fork of a process with threads is warned of; Lightning's ddp_fork is such a fork.
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+    pytest.mark.filterwarnings("ignore:You defined a `validation_step` but have no `val_dataloader`:UserWarning"),
+]
+
+GRADIENTS = {
+    "anderson": ImplicitGradient(Anderson(tol=TOL, max_steps=STEPS)),
+    "gmres": ImplicitGradient(GMRES(tol=TOL, max_steps=STEPS)),
+    "bicgstab": ImplicitGradient(BiCGSTAB(tol=TOL, max_steps=STEPS)),
+    "broyden": ImplicitGradient(Broyden(tol=TOL, max_steps=STEPS)),
+    "neumann": NeumannGradient(3),
+    "phantom": PhantomGradient(2, 0.8),
+    "phantom-advance": PhantomGradient(2, 0.8, advance=True),
+    "unrolled": UnrolledGradient(),
+}
+
+
+def trained(
+    make: joint.Make,
+    processes: int,
+    folder: Path,
+    *,
+    batches: int = 20,
+    callback: Callable[[], pl.Callback] = pl.Callback,
+    trainer: dict[str, Any] | None = None,
+    **options: Any,
+) -> list[dict[str, Tensor]]:
+    """The weights of each process after so many batches."""
+    folder.mkdir()
+    several = {"strategy": "ddp_fork", "devices": processes} if processes > 1 else {}
+    torch.manual_seed(1)
+    run = joint.quiet(callback(), joint.KeepWeights(folder), **several, **(trainer or {}))
+    run.fit(joint.made(make, **options), datamodule=joint.FAMILIES[make][0](batches))
+    return joint.kept(folder, processes)
+
+
+def check(make: joint.Make, folder: Path, **arguments: Any) -> dict[str, Tensor]:
+    """Two processes end where one does; its weights."""
+    (one,) = trained(make, 1, folder / "one", **arguments)
+    first, second = trained(make, 2, folder / "two", **arguments)
+    assert same(first, second)
+    freeze = {name: value for name, value in arguments.items() if name == "freeze"}
+    joint.assert_close(first, one, joint.made(make, **freeze))
+    return one
+
+
+@pytest.mark.parametrize("gradient", GRADIENTS)
+@pytest.mark.parametrize("make", joint.FAMILIES)
+def test_every_family_with_every_gradient(make: joint.Make, gradient: str, tmp_path: Path) -> None:
+    few = make is joint.flow and gradient != "anderson"  # it takes its time
+    check(make, tmp_path, batches=6 if few else 20, gradient=GRADIENTS[gradient])
+
+
+def test_with_the_jacobian_penalty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Processes draw probes of their own; here all samples have the same ones."""
+    monkeypatch.setattr(torch, "randn_like", lambda x: torch.linspace(-1, 1, x.shape[1]).to(x).expand_as(x))
+    stages = {"pretrain_steps": 2, "jacobian_pretrain_weight": 0.2, "max_steps_jitter": 2}
+    found = check(joint.tanh, tmp_path, jacobian_weight=0.5, jacobian_frequency=0.7, **stages)
+    (without,) = trained(joint.tanh, 1, tmp_path / "without")
+    assert not same(found, without)
+
+
+@pytest.mark.parametrize("make", [joint.tanh, joint.mdeq])
+def test_with_accumulated_gradients(make: joint.Make, tmp_path: Path) -> None:
+    found = check(make, tmp_path, trainer={"accumulate_grad_batches": 2})
+    (without,) = trained(make, 1, tmp_path / "without")
+    assert not same(found, without)
+
+
+def test_with_averages_of_weights(tmp_path: Path) -> None:
+    found = check(joint.tanh, tmp_path, callback=lambda: EMAWeightAveraging(decay=0.8))
+    (without,) = trained(joint.tanh, 1, tmp_path / "without")
+    assert not same(found, without)
+
+
+@pytest.mark.parametrize(
+    ("make", "parts"),
+    [(joint.tanh, ["injection.*"]), (joint.mdeq, ["deq.*"]), (joint.transformer, ["vocabulary.*", "deq.*.output.*"])],
+)
+def test_with_frozen_parts(make: joint.Make, parts: list[str], tmp_path: Path) -> None:
+    """DDP waits for no gradient of theirs."""
+    check(make, tmp_path, freeze=parts)
