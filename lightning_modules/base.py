@@ -502,6 +502,16 @@ class EquilibriumModule(pl.LightningModule):
 
     # --- optimisation
 
+    def configure_gradient_clipping(
+        self,
+        optimizer: torch.optim.Optimizer,
+        gradient_clip_val: float | None = None,
+        gradient_clip_algorithm: str | None = None,
+    ) -> None:
+        """As the trainer says; a step that is skipped has no gradients, which ``clip_grad_value_`` does not take."""
+        if any(p.grad is not None for group in optimizer.param_groups for p in group["params"]):
+            self.clip_gradients(optimizer, gradient_clip_val, gradient_clip_algorithm)
+
     def configure_optimizers(self) -> Any:
         """The optimizer over the parameters that require gradients, with the schedule."""
         optimizer = self._make_optimizer()

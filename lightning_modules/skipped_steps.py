@@ -43,7 +43,7 @@ class SkippedSteps(Callback):
     A skipped step leaves the weights, the optimizer's state and the model's buffers, like the running statistics of
     batch norms, as they were; the learning rate's schedule, the step's number and the run's length go on. Under
     ``accumulate_grad_batches`` all that was accumulated is skipped. Epoch figures do not take up a loss that is not
-    finite. The first time it is told what was found; ``train/skipped`` in the log counts.
+    finite. The first time it is told what was found; ``train/skipped`` in the log counts those of the run so far.
 
     All processes decide alike without asking each other: where a loss is not finite its gradient is made NaN, which
     the mean over processes passes on to all. With fp16 (``16-mixed``) an overflow of the scaled gradient is the
@@ -76,6 +76,7 @@ class SkippedSteps(Callback):
         self._stop: TrainingError | None = None
         self._seen: _Seen | None = None
         self._scale: float | None = None
+        self._failed: Tensor | None = None
         self._buffers: list[tuple[nn.Module, str]] = []
         self._copies: list[Tensor] = []
         self._hooks: list[RemovableHandle] = []
@@ -118,8 +119,7 @@ class SkippedSteps(Callback):
     ) -> None:
         """Take the gradients away, where they are not finite: then the optimizer does nothing."""
         seen, self._seen = cast(_Seen, self._seen), None
-        if (failed := seen.failed()) is not None:
-            pl_module.log("train/diverged", failed)
+        self._failed = seen.failed()
         parameters = [p for group in optimizer.param_groups for p in group["params"]]
         gradients = [p.grad for p in parameters if p.grad is not None]
         if norm(gradients).isfinite() or largest(gradients).isfinite():  # the former is faster, and may overflow
@@ -142,7 +142,12 @@ class SkippedSteps(Callback):
         if self._scale is not None:
             trainer.precision_plugin.scaler.update(self._scale)  # type: ignore[attr-defined]
             self._scale = None
-        pl_module.log("train/skipped", float(self.skipped))
+        every = max(1, trainer.log_every_n_steps)  # type: ignore[attr-defined]
+        if self._seen is None and (self.in_a_row > 0 or trainer.global_step % every == 0):
+            # Not at each step: two calls of Lightning's log are a twentieth of the smallest models' steps.
+            pl_module.log("train/skipped", torch.tensor(float(self.skipped)))
+            if self._failed is not None:
+                pl_module.log("train/diverged", self._failed)
         if self._stop is not None:
             raise self._stop
 

@@ -10,6 +10,7 @@ Letters: B batch, H x W image, h x w = H/8 x W/8, C channels of the hidden state
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from functools import partial
 from typing import Any, Literal, get_args, overload
@@ -429,7 +430,8 @@ class DEQFlow(nn.Module):
                 raise InputError(f"{name} takes floating images in [0, 1], or uint8 ones; given: {image.dtype}")
             if 0 in image.shape[2:]:
                 raise InputError(f"{name} takes images of at least one pixel; given: shape {tuple(image.shape)}")
-            if image.is_floating_point() and image.numel() and image.amax() > 2:
+            # What is infinite is no number, like NaN, and not on another scale: the solve's report tells of both.
+            if image.is_floating_point() and image.numel() and 2 < float(image.amax()) < math.inf:
                 raise InputError(
                     f"{name} takes floating images in [0, 1]; given: values up to {float(image.amax()):.4g}. "
                     "Use image / 255, or uint8"
