@@ -1,4 +1,4 @@
-"""FSDP2 with the whole model as one unit, and what else of Lightning's strategies an equilibrium can be trained with."""
+"""FSDP2 with the whole model as one unit, and which other strategies of Lightning a model can be trained with."""
 
 from __future__ import annotations
 
@@ -43,7 +43,9 @@ class WholeModelSharded(ModelParallelStrategy):
         super().setup_environment()
         module = self.lightning_module
         # Of the module itself it would tell callbacks of every run, whatever its strategy, that it may be sharded.
-        module.configure_model = partial(shard_whole, module, self.device_mesh["data_parallel"])  # type: ignore
+        assert module is not None  # noqa: S101 - for the type checker
+        shard = partial(shard_whole, module, self.device_mesh["data_parallel"])
+        module.configure_model = shard  # type: ignore[method-assign]
 
 
 def shard_whole(module: pl.LightningModule, mesh: DeviceMesh) -> None:
@@ -81,8 +83,8 @@ def refuse_other_strategies(trainer: pl.Trainer) -> None:
         raise MisconfigurationException(
             "an equilibrium model is sharded as a whole, by data parallelism only: processes that share a layer, by "
             "tensor parallelism or as units of FSDP, would wait for each other at each evaluation of a cell, and they "
-            f"evaluate it differently often; given: {given}, whose default is tensor parallelism and a folder of shards "
-            f"as a checkpoint. What is needed instead: {TO_DO}"
+            f"evaluate it differently often; given: {given}, whose default is tensor parallelism, with a folder of "
+            f"shards as a checkpoint. What is needed instead: {TO_DO}"
         )
     if isinstance(strategy, DeepSpeedStrategy) or not isinstance(strategy, SingleDeviceStrategy | DDPStrategy):
         raise MisconfigurationException(
