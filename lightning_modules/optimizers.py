@@ -27,7 +27,8 @@ def make_optimizer(
         arguments: its further ones, like ``{"momentum": 0.9}``.
 
     Raises:
-        ValueError: there is no such optimizer, it has no such argument, or it refuses a value.
+        ValueError: there is no such optimizer, it has no such argument, or it refuses a value; or its eps is 0 in the
+            dtype of the parameters, and it would divide 0 by 0.
     """
     classes: dict[str, Callable[..., torch.optim.Optimizer]] = {
         key: cls
@@ -44,13 +45,22 @@ def make_optimizer(
         if key not in valid:
             raise ValueError(f"optimizer {name} has no argument {key!r}.{nearest(key, valid)}")
     decay = {"weight_decay": weight_decay} if weight_decay or "weight_decay" in takes else {}
+    parameters = list(parameters)
     try:
-        return classes[name](list(parameters), lr=lr, **decay, **arguments)
+        optimizer = classes[name](parameters, lr=lr, **decay, **arguments)
     except (TypeError, ValueError) as error:
         raise ValueError(
             f"optimizer {name} cannot be made with lr={lr!r}, weight_decay={weight_decay!r} and "
             f"optimizer_args={dict(arguments)!r}: {error}"
         ) from error
+    eps = optimizer.defaults.get("eps")
+    for dtype in {p.dtype for p in parameters}:
+        if isinstance(eps, float) and eps > 0 and not torch.tensor(eps, dtype=dtype):
+            raise ValueError(
+                f"optimizer {name} divides by sqrt(v) + eps, and eps={eps} is 0 in {dtype}, that of the weights: give "
+                "it one from 1e-7 on (--model.optimizer_args.eps 1e-4), or take --trainer.precision bf16-true"
+            )
+    return optimizer
 
 
 class WarmUp(LRScheduler):
