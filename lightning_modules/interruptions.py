@@ -49,21 +49,21 @@ class InterruptCheckpoint(Callback):
     def __init__(self) -> None:
         self._step: int | None = None
         self._behind = 0
-        self._within_update = False
+        self.within_update = False
         self._hooks: list[RemovableHandle] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Whatever the run goes on from was loaded."""
-        self._step, self._behind, self._within_update = trainer.global_step, 0, False
+        self._step, self._behind, self.within_update = trainer.global_step, 0, False
         self._hooks = [optimizer.register_step_post_hook(self._updated) for optimizer in trainer.optimizers]
 
     def on_before_optimizer_step(self, *args: Any) -> None:
         """From here on parameters may be those of one step or of the next."""
-        self._within_update = True
+        self.within_update = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Count the batches whose gradients are accumulated, which no checkpoint has."""
-        self._within_update = False
+        self.within_update = False
         self._behind = self._behind + 1 if trainer.global_step == self._step else 0
         self._step = trainer.global_step
 
@@ -80,7 +80,7 @@ class InterruptCheckpoint(Callback):
         if isinstance(exception, StoppedBySignal | CheckpointError):  # all is said; there is no room
             return
         name = f"Stopped at step {trainer.global_step} by {type(exception).__name__}."
-        if self._within_update:
+        if self.within_update:
             rank_zero_warn(f"{name} It was within an update of the parameters, which is not saved by half")
             return
         path = interrupted_path(trainer)
@@ -104,7 +104,7 @@ class InterruptCheckpoint(Callback):
             _begin_validation_again(checkpoint) if trainer.validating else self._begin_step_again(checkpoint)
 
     def _updated(self, *args: Any) -> None:
-        self._within_update = False
+        self.within_update = False
 
     def _end(self) -> None:
         self._step = None

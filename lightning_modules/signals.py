@@ -17,7 +17,7 @@ from lightning_fabric.plugins.environments.slurm import SLURMEnvironment
 from pytorch_lightning.callbacks import Callback, ModelCheckpoint
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
-from .interruptions import StoppedBySignal, how_to_go_on, interrupted_path
+from .interruptions import InterruptCheckpoint, StoppedBySignal, how_to_go_on, interrupted_path
 
 _RANKS = (0, signal.SIGUSR1, signal.SIGTERM)  # the later one counts where both came
 
@@ -50,6 +50,7 @@ class StopOnSignal(Callback):
         self._passed_over = False
         self._updating = False
         self._interrupted = False
+        self._keepers: list[InterruptCheckpoint] = []
 
     # --- signals
 
@@ -74,6 +75,8 @@ class StopOnSignal(Callback):
     def _install(self, trainer: pl.Trainer) -> None:
         if trainer.checkpoint_callback is None or threading.current_thread() is not threading.main_thread():
             return
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._keepers = [each for each in callbacks if isinstance(each, InterruptCheckpoint)]
         for number in (signal.SIGTERM, signal.SIGUSR1):
             signal.signal(number, self._remember)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
@@ -83,7 +86,8 @@ class StopOnSignal(Callback):
         self._received = max(self._received, number, key=_RANKS.index)
 
     def _control_c(self, number: int, frame: FrameType | None) -> None:
-        if not self._updating or self._interrupted:
+        updating = self._updating or any(each.within_update for each in self._keepers)
+        if not updating or self._interrupted:
             signal.default_int_handler(number, frame)
         self._interrupted = True
 

@@ -1,0 +1,104 @@
+"""Runs that are killed at any moment, and go on as if they had not been."""
+
+from __future__ import annotations
+
+import os
+import random
+import re
+import signal
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from tests.command_line import DIGITS, TINY, Fitted, fit, metrics, same
+from tests.launching import CLI, FIT, TWO, children_of, killed_after, output_of, start, wait_for
+
+# From Python 3.12 a fork of a process with threads is warned of.
+pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+
+CHECKPOINTS = Path("runs", "tanh_deq_digits", "version_0", "checkpoints")
+LAST = CHECKPOINTS / "last.ckpt"
+AUTO = ("--resume", "auto")
+CONSTANT = ("--model.schedule", "constant")
+FORKED = ("--trainer.devices", "2", "--trainer.strategy", "ddp_fork")
+"""The same numbers as of ``ddp``, in a moment."""
+
+
+def is_the_same(run: Fitted, whole: Fitted) -> None:
+    """Bit for bit."""
+    first, second = (torch.load(each.last, weights_only=True) for each in (whole, run))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "global_step", "epoch", "loops"):
+        assert same(first[part], second[part]), part
+    assert {name: value for name, value in metrics(run.cli).items() if name.startswith("test/")} == {
+        name: value for name, value in metrics(whole.cli).items() if name.startswith("test/")
+    }
+    scores = [each.cli.trainer.checkpoint_callback.best_model_score for each in (whole, run)]
+    assert same(*scores)
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_killed_at_random_moments(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Within steps, validation and writes; each run goes on from the last checkpoint of those before."""
+    command = ("-c", DIGITS, *TINY, "--trainer.max_epochs", "12", "--data.num_workers", str(workers))
+    whole = fit(*command)
+    (tmp_path / "killed").mkdir()
+    monkeypatch.chdir(tmp_path / "killed")
+    rng, killed = random.Random(workers), 0
+    for _ in range(4):
+        before = LAST.stat().st_mtime_ns if LAST.exists() else 0
+        killed += killed_after(
+            rng.random() * 0.3,
+            lambda: fit(*command, *AUTO),
+            until=lambda before=before: LAST.exists() and LAST.stat().st_mtime_ns > before,
+        )
+    assert killed > 0, "it was too fast for this test"
+    resumed = fit(*command, *AUTO)
+    assert [folder.name for folder in CHECKPOINTS.parents[1].iterdir()] == ["version_0"]
+    assert list(CHECKPOINTS.glob(".writing-*")) == []
+    is_the_same(resumed, whole)
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_two_processes_is_killed(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    process = start(sys.executable, CLI, *FIT, *TWO, *CONSTANT, "--trainer.max_epochs", "100000")
+    wait_for(process, LAST.exists)
+    (other,) = children_of(process.pid)
+    os.kill((process.pid, other)[rank], signal.SIGKILL)
+    began = time.monotonic()
+    output = output_of(process)
+    assert process.returncode != 0
+    assert time.monotonic() - began < 60
+    while Path(f"/proc/{other}").exists():  # it notices, if it was not the one
+        time.sleep(0.1)
+        assert time.monotonic() - began < 60
+    stopped = max(torch.load(file, weights_only=True)["global_step"] for file in CHECKPOINTS.glob("*.ckpt"))
+    if "Stopped at step" in output:
+        assert re.findall(r"Stopped at step (\d+)", output) == [str(stopped)]
+
+    command = ("-c", DIGITS, *TINY, *CONSTANT, "--trainer.max_epochs", str(stopped // 2 + 3), *FORKED)
+    resumed = fit(*command, *AUTO, "--test_after_fit", "false")
+    (tmp_path / "whole").mkdir()
+    monkeypatch.chdir(tmp_path / "whole")
+    whole = fit(*command, "--test_after_fit", "false")
+    first, second = (torch.load(each.last, weights_only=True) for each in (whole, resumed))
+    for part in ("state_dict", "optimizer_states", "global_step", "epoch"):
+        assert same(first[part], second[part]), part
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_one_of_two_processes_fails(rank: int) -> None:
+    """None waits for it: not in what all do together, nor in saving."""
+    failing = ("--trainer.callbacks", "tests.launching.FailOnRank")
+    arguments = ("--trainer.callbacks.rank", str(rank), "--trainer.callbacks.step", "3")
+    process = start(sys.executable, CLI, *FIT, *TWO, "--trainer.max_epochs", "100000", *failing, *arguments)
+    wait_for(process, LAST.exists)
+    began = time.monotonic()
+    output = output_of(process)
+    assert process.returncode not in (0, 2)
+    assert time.monotonic() - began < 60
+    assert "ValueError: something is wrong here" in output
+    step = torch.load(CHECKPOINTS / "interrupted.ckpt", weights_only=True)["global_step"]
+    assert step == 3
