@@ -39,7 +39,7 @@ from datamodules import DataError  # importing the package makes its classes kno
 from lightning_modules.checkpoints import CheckpointError, check_fits, read_checkpoint
 from lightning_modules.continued_runs import ContinuedRun
 from lightning_modules.out_of_memory import NotEnoughMemoryError, told_of_memory
-from lightning_modules.safe_checkpoints import replacing
+from lightning_modules.safe_checkpoints import NO_ROOM, replacing
 from lightning_modules.usage_errors import UsageError, explain
 from zoo import InputError, WeightsError
 from zoo.implicit.choices import in_short
@@ -79,8 +79,16 @@ def main(args: Sequence[str]) -> ZooCLI:
         one of ``USERS_ERRORS``: what the user can do something about.
     """
     silence_what_users_cannot_act_on()
-    with told_of_memory():
-        return ZooCLI(args)
+    try:
+        with told_of_memory():
+            return ZooCLI(args)
+    except OSError as error:
+        if error.errno not in NO_ROOM:
+            raise
+        raise CheckpointError(
+            f"{error.filename or 'a file of the run'} could not be written: {error.strerror}. Make room; a fit goes on "
+            "from its last checkpoint, which is still whole, with the same command and --resume auto"
+        ) from error
 
 
 class Parser(LightningArgumentParser):

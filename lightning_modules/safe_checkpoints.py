@@ -24,6 +24,9 @@ from torch.utils import _pytree as pytree
 from .checkpoints import CheckpointError
 
 _LEFTOVER = re.compile(r"\.writing-(?P<host>.+)-(?P<process>\d+)\.tmp")
+NO_ROOM = {errno.ENOSPC, errno.EDQUOT, errno.EFBIG}
+"""Of errors of the system: the disk, the user's part of it, or what a file may have, is full."""
+
 _A_DAY = 24 * 60 * 60
 
 
@@ -150,11 +153,7 @@ def _cannot_be_written(path: Path, error: OSError, size: int) -> str:
     reason = error.strerror or str(error)
     place = next(folder for folder in (path.parent, *path.parent.absolute().parents) if folder.is_dir())
     room = f"it takes about {_megabytes(size)}, and {_megabytes(shutil.disk_usage(place).free)} are free there"
-    what, advice = (
-        (f"{reason}: {room}", "Make room")
-        if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
-        else (reason, f"Make {place} writable")
-    )
+    what, advice = (f"{reason}: {room}", "Make room") if error.errno in NO_ROOM else (reason, f"Make {place} writable")
     if before is None:
         return (
             f"the checkpoint {path} could not be written. {what}. There is none from before in that folder. {advice}, "

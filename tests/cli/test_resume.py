@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -136,6 +137,16 @@ def test_the_log_of_a_killed_run(fitted: Fitted) -> None:
     assert [{**row, "new": ""} for row in before] == [dict(row) for row in kept[:-1]] != []
     assert {key: value for key, value in kept[-1].items() if value} == {"new": "1.5", "step": "17"}
     assert [file.name for file in folder.glob(".*")] == []
+
+
+def test_a_full_disk_is_one_message(capsys: pytest.CaptureFixture[str]) -> None:
+    class Full(pl.Callback):
+        def on_train_epoch_end(self, trainer: pl.Trainer, *args: Any) -> None:
+            raise OSError(errno.ENOSPC, "No space left on device", "some.png")
+
+    with with_callback(Full()):
+        message = refused(capsys, "fit", "-c", DIGITS, *TINY)
+    assert message.startswith("some.png could not be written: No space left on device. Make room; a fit goes on from")
 
 
 # ------------------------------------------------------------------------------------------------- what is passed over
