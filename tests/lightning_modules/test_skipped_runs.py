@@ -297,8 +297,7 @@ def after_200_steps(seed: int, values: dict[int, float]) -> tuple[int, float]:
 @pytest.mark.filterwarnings("ignore:training step 61 was skipped:UserWarning")
 def test_one_percent_of_the_batches_is_poisoned() -> None:
     """That changes the final loss by less than another seed does: of five the standard deviation was 0.012."""
-    for seed in range(2):
-        (none, clean), (two, poisoned) = (after_200_steps(seed, values) for values in ({}, {61: NAN, 140: INF}))
-        assert (none, two) == (0, 2)
-        assert clean < 1, "it learns"
-        assert poisoned == pytest.approx(clean, abs=5e-3)
+    (none, clean), (two, poisoned) = (after_200_steps(0, values) for values in ({}, {61: NAN, 140: INF}))
+    assert (none, two) == (0, 2)
+    assert clean < 1, "it learns"
+    assert poisoned == pytest.approx(clean, abs=5e-3)
