@@ -88,8 +88,8 @@ class EquilibriumModule(pl.LightningModule):
         warmup_fraction: the fraction of the run in which the learning rate of ``one_cycle`` rises.
         schedule_margin: ``one_cycle`` ends so many steps after the run; 100 in the published training of RAFT and of
             DEQ flow.
-        show_every: of so many validations of a run the first gives the loggers samples with their predictions, and a
-            plot of how the solves converged, of the first batch; 0 gives none.
+        show_every: the first validation of a run, and one of so many, give the loggers samples of their first batch
+            with their predictions, and a plot of how the solves converged; 0 gives none.
 
     Raises:
         ValueError: an unknown name, or an argument out of its range.
@@ -480,9 +480,10 @@ class EquilibriumModule(pl.LightningModule):
         It is the first one of a validation that ``show_every`` asks for, not of the sanity check, in a run with a
         logger. All processes say the same.
         """
-        if self._trainer is None or self.show_every == 0 or (self._validations - 1) % self.show_every:
+        if self._trainer is None or self.show_every == 0:
             return False
-        return samples.are_shown(self.trainer, stage, batch_index)
+        wanted = self._validations == 1 or self._validations % self.show_every == 0
+        return wanted and samples.are_shown(self.trainer, stage, batch_index)
 
     @contextmanager
     def _calls_recorded(self) -> Iterator[list[tuple[DEQ, tuple[Any, ...], Any]]]:
