@@ -67,6 +67,7 @@ class EquilibriumModule(pl.LightningModule):
         gradient: how the equilibrium is differentiated, like ``ImplicitGradient``; likewise.
         pretrain_steps: training steps at the beginning of the run in which the cell is unrolled.
         pretrain_depth: applications of the cell in these steps.
+        compile: have ``torch.compile`` make code of the cells, which are what is iterated; see ``CompileCells``.
         jacobian_weight: weight of the Jacobian penalty in the training loss (Bai, Koltun and Kolter, ICML 2021).
         jacobian_frequency: the fraction of training steps, drawn at random, that have the penalty.
         jacobian_probes: random vectors of the estimate; see ``zoo.implicit.jacobian_penalty``.
@@ -110,6 +111,7 @@ class EquilibriumModule(pl.LightningModule):
         gradient: Gradient | None = None,
         pretrain_steps: int = 0,
         pretrain_depth: int = 5,
+        compile: bool = False,  # noqa: A002 - what torch calls it
         jacobian_weight: float = 0.0,
         jacobian_frequency: float = 1.0,
         jacobian_probes: int = 1,
@@ -198,7 +200,7 @@ class EquilibriumModule(pl.LightningModule):
             *(pretrain_steps, jacobian_weight, jacobian_growth),
         )
         self.pretrain_steps = pretrain_steps
-        self.pretrain_depth = pretrain_depth
+        self.pretrain_depth, self.compiles = pretrain_depth, compile
         self.jacobian_weight = jacobian_weight
         self.jacobian_frequency = jacobian_frequency
         self.jacobian_probes = jacobian_probes

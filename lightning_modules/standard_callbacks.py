@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
 
+from .compiled_cells import CompileCells
 from .ending_together import EndTogether
 from .out_of_memory import MemoryAdvice
 from .run_folder import OneFolder
@@ -16,6 +17,7 @@ from .training_figures import LearningRate, Throughput
 
 STANDARD: tuple[type[Callback], ...] = (
     OneFolder,
+    CompileCells,
     StepsOfLog,
     SaveSafely,
     SkippedSteps,

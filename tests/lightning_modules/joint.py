@@ -25,6 +25,7 @@ from zoo.implicit import FixedPointIteration, Gradient, ImplicitGradient, Solver
 BATCH = 4
 STEPS, TOL = 5, 1e-9
 SHORT = FixedPointIteration(tol=TOL, max_steps=STEPS, damping=0.5)
+GRADIENT = ImplicitGradient(SHORT)
 MDEQ = {"channels": (8, 8), "head_widths": (2, 2), "final_width": 8, "in_channels": 1, "expansion": 1}
 
 
@@ -108,7 +109,7 @@ def made(make: Make, solver: Solver = SHORT, gradient: Gradient | None = None, *
     """The same module each time, trained by SGD: Adam divides by |g|, and makes a step of a rounding error."""
     with torch.random.fork_rng():
         torch.manual_seed(0)
-        gradient = ImplicitGradient(SHORT) if gradient is None else gradient
+        gradient = GRADIENT if gradient is None else gradient
         module = make(solver, gradient, **{"schedule": "constant", **options}).double()
     for deq in module.equilibria().values():
         deq.on_failure = "ignore"
