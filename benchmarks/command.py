@@ -9,7 +9,7 @@ import json
 import platform
 import time
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -27,11 +27,13 @@ class Arguments:
         quick: a look.
         parts: names of measurements.
         out: the folder to write to; None where nothing is written.
+        options: the values of those that are the benchmark's own, by name.
     """
 
     quick: bool
     parts: Sequence[str]
     out: Path | None
+    options: Mapping[str, Any] = field(default_factory=dict)
 
     def write(self, text: str, page: str, data: Data, name: str) -> None:
         """Print a page, and write it as ``page`` and the numbers as ``name.json`` if there is a folder to write to."""
@@ -42,8 +44,17 @@ class Arguments:
             (self.out / page).write_text(text)
 
 
-def arguments(description: str | None, parts: Iterable[str], argv: Sequence[str] | None, results: Path) -> Arguments:
-    """Read the command line of a benchmark, whose full runs are written to ``results``, and leave torch one thread."""
+def arguments(
+    description: str | None,
+    parts: Iterable[str],
+    argv: Sequence[str] | None,
+    results: Path,
+    options: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Arguments:
+    """Read the command line of a benchmark, whose full runs are written to ``results``, and leave torch one thread.
+
+    ``options`` are the benchmark's own: by name, what ``add_argument`` takes.
+    """
     parts = tuple(parts)
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="smaller problems, and fewer repetitions")
@@ -51,10 +62,13 @@ def arguments(description: str | None, parts: Iterable[str], argv: Sequence[str]
     parser.add_argument(
         "--out", type=Path, help="folder to write to; benchmarks/results for a full run, otherwise nothing is written"
     )
+    own = dict(options or {})
+    for name, settings in own.items():
+        parser.add_argument(f"--{name}", **settings)
     given = parser.parse_args(argv)
     torch.set_num_threads(1)
     out = given.out or (None if given.quick or given.only else results)
-    return Arguments(given.quick, given.only or parts, out)
+    return Arguments(given.quick, given.only or parts, out, {name: getattr(given, name) for name in own})
 
 
 def measured(
