@@ -105,6 +105,21 @@ def test_unrolled_steps_count_their_applications(monkeypatch: pytest.MonkeyPatch
     assert {found for _, found in speeds(steps)} == {(3 + 1) / 2}, "and the one that tells the residual"
 
 
+def test_a_solve_counts_once() -> None:
+    """The adjoint report of the step before is still there where a step has no backward pass."""
+    module, images = small(), torch.rand(2, 1, 8, 8)
+    module(images).sum().backward()  # before the run, of which it is no part
+    deq = module.model.deq
+    throughput, run = training_figures.Throughput(), trainer()
+    throughput.on_train_start(run, module)
+    assert throughput._new_evaluations() == 0
+    module(images)
+    assert throughput._new_evaluations() == deq.report.evaluations
+    module(images).sum().backward()
+    assert throughput._new_evaluations() == deq.report.evaluations + deq.adjoint_report.evaluations
+    assert throughput._new_evaluations() == 0
+
+
 def test_a_model_without_equilibrium_has_no_evaluations() -> None:
     steps = Steps()
     train(small(model="resnet", model_args={"in_channels": 1, "widths": [2]}), logger=steps)
