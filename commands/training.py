@@ -25,7 +25,7 @@ import yaml
 from jsonargparse import _typehints
 from jsonargparse.typing import PositiveInt
 from lightning_fabric.utilities.exceptions import MisconfigurationException
-from pytorch_lightning.callbacks import ModelCheckpoint, WeightAveraging
+from pytorch_lightning.callbacks import WeightAveraging
 from pytorch_lightning.cli import LightningArgumentParser, LightningCLI, SaveConfigCallback
 from pytorch_lightning.utilities import rank_zero_info
 from rich.console import Console
@@ -38,6 +38,7 @@ from commands.quiet import silence_what_users_cannot_act_on
 from datamodules import DataError  # importing the package makes its classes known to the parser by their short names
 from lightning_modules.checkpoints import CheckpointError, check_fits, read_checkpoint
 from lightning_modules.continued_runs import ContinuedRun
+from lightning_modules.keep_last import KeepLast
 from lightning_modules.out_of_memory import NotEnoughMemoryError, told_of_memory
 from lightning_modules.safe_checkpoints import NO_ROOM, replacing
 from lightning_modules.usage_errors import UsageError, explain
@@ -150,7 +151,7 @@ class ZooCLI(LightningCLI):
 
     def add_arguments_to_parser(self, parser: LightningArgumentParser) -> None:
         """Add what the zoo has beyond Lightning's arguments."""
-        parser.add_lightning_class_args(ModelCheckpoint, "checkpoint")
+        parser.add_lightning_class_args(KeepLast, "checkpoint")
         parser.add_lightning_class_args(lightning_modules.PredictionWriter, "predictions")
         parser.set_defaults(
             {

@@ -120,6 +120,19 @@ def tmp_path_of(tmp_path: Path, name: str) -> Path:
     return tmp_path / name
 
 
+def test_the_last_checkpoint_is_the_last_though_it_is_not_the_best() -> None:
+    """With Lightning 2.6 alone it would be the last of those that were the best."""
+    worst_is_best = ("--checkpoint.mode", "max", "--test_after_fit", "false")  # the loss falls
+    run = fit("-c", DIGITS, *LONG, *worst_is_best)
+    best, last = (torch.load(path, weights_only=True) for path in (run.best, run.last))
+    assert (best["global_step"], last["global_step"]) == (2, 6)
+    (state,) = [state for name, state in last["callbacks"].items() if name.startswith("ModelCheckpoint{")]
+    assert state["best_model_path"] == str(Path(run.best).relative_to(Path.cwd()))
+    with said() as messages:
+        fit("-c", DIGITS, *LONG, *worst_is_best, *AUTO)
+    assert any(message.startswith("This run was finished already") for message in messages)
+
+
 def test_the_log_of_a_killed_run(fitted: Fitted) -> None:
     """Rows after the checkpoint, and one that was not written to its end."""
     folder = RUNS / "version_0"
