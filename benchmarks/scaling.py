@@ -138,7 +138,7 @@ def markdown(data: Data) -> str:
                 f"{item['samples']:.0f}" if item["samples"] >= 10 else f"{item['samples']:.1f}",
                 f"{item['evaluations']:.0f}",
                 f"{item['efficiency']:.2f}",
-                f"{100 * item['communication']:.0f} %" if count != "1" else "",
+                f"{round(100 * item['communication'])} %" if count != "1" else "",
             ]
             for name, kinds in data["scaling"].items()
             for count, item in kinds[kind].items()

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import pytest
 import pytorch_lightning as pl
@@ -139,8 +140,9 @@ def test_what_else_shards_is_refused_with_the_way_out() -> None:
 
 def test_it_is_refused_before_training_begins() -> None:
     trainer = joint.quiet(strategy=ModelParallelStrategy(), devices=1)
-    with pytest.raises(MisconfigurationException, match="is sharded as a whole"):
+    with mock.patch.dict(os.environ), pytest.raises(MisconfigurationException, match="is sharded as a whole"):
         trainer.fit(joint.made(joint.tanh), datamodule=joint.FAMILIES[joint.tanh][0](1))
+    assert not torch.distributed.is_initialized()
 
 
 def test_class_of() -> None:
