@@ -11,7 +11,7 @@ import pytest
 import pytorch_lightning as pl
 import torch
 
-from tests.cli.test_resume import AUTO, LONG, RUNS, log, with_callback
+from tests.cli.test_resume_auto import AUTO, LONG, RUNS, log, with_callback
 from tests.command_line import DIGITS, QUIET, Fitted, fit, main, said, same
 
 CHECKPOINTS = RUNS / "version_0" / "checkpoints"
