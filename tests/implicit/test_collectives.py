@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,7 @@ from zoo.implicit import (
     Anderson,
     BiCGSTAB,
     Broyden,
+    ConvergenceError,
     FixedPointIteration,
     ImplicitGradient,
     NeumannGradient,
@@ -156,15 +158,46 @@ def test_processes_that_agree_evaluate_equally_often_and_get_what_they_get_alone
             torch.testing.assert_close(found["gradient"], expected["gradient"], rtol=0, atol=1e-12)
 
 
-def without_agreement(rank: int) -> Found:
+def without_agreement(folder: Path, rank: int) -> Found:
+    (folder / f"met{rank}").touch()
     exact = Anderson(tol=TOL, max_steps=300)
     return differentiated(deq := DEQ(Cell(meets=True), exact), *deq(inputs(rank)))
 
 
 def test_processes_that_do_not_agree_wait_for_each_other(tmp_path: Path) -> None:
-    """What the others are about: if this passed, they would show nothing."""
-    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=r"Timed out|closed by peer"):
-        in_processes(without_agreement, tmp_path / "apart", seconds=1)
+    """What the others are about: if this passed, they would show nothing. They meet first, within the same time."""
+    message = r"(?i)timed out|closed by peer|reset by peer"
+    with pytest.raises(torch.multiprocessing.ProcessRaisedException, match=message):
+        in_processes(partial(without_agreement, tmp_path), tmp_path / "apart", seconds=10)
+    assert {path.name for path in tmp_path.glob("met*")} == {"met0", "met1"}
+
+
+def failing(rank: int) -> Found:
+    """Process 0 converges in so few steps, process 1 does not; then the same of their adjoint solves."""
+    found = {}
+    for name, solver, gradient in (
+        ("forward", Anderson(tol=TOL, max_steps=8), ImplicitGradient()),
+        ("adjoint", Anderson(tol=TOL, max_steps=300), ImplicitGradient(FixedPointIteration(tol=TOL, max_steps=12))),
+    ):
+        deq = DEQ(Cell(meets=True), solver, gradient, on_failure="raise")
+        try:
+            with agreeing():
+                z, _ = deq(inputs(rank))
+            z.square().sum().backward()
+        except ConvergenceError as error:
+            found[name] = str(error)
+            found[f"{name} converged"] = bool(error.report.converged.all())
+    return found
+
+
+def test_processes_that_agree_all_raise_where_one_fails(tmp_path: Path) -> None:
+    first, second = in_processes(failing, tmp_path / "failing")
+    for solve, of in (("forward", "the fixed-point solve"), ("adjoint", "the adjoint solve")):
+        assert (first[f"{solve} converged"], second[f"{solve} converged"]) == (True, False)
+        for found in (first, second):
+            assert found[solve].startswith(of)
+        assert first[solve].endswith("in this process, and some samples of another one failed")
+        assert "x MAX_STEPS" in second[solve]
 
 
 def one_has_none(rank: int) -> Found:

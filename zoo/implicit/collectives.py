@@ -62,7 +62,9 @@ def agreeing(group: dist.ProcessGroup | None = None) -> Iterator[None]:
     it agree too, wherever the backward pass runs. What the samples of a process converge to is frozen, and is not
     changed by evaluating longer; ``report.steps`` are those of each sample, ``report.evaluations`` those of all. Each
     evaluation costs a small all-reduce and a transfer to the host. Where torch.distributed is not initialized, or the
-    group has one process, nothing is done.
+    group has one process, nothing is done. With ``on_failure="raise"`` all raise where a sample of any process fails.
+
+    Solves in threads that the caller starts inside of it do not agree: a thread starts with a context of its own.
 
     Each process makes the same solves in the same order, with the same ``max_steps``; there may be no samples in some.
     Rows stay independent, as they are everywhere: what is exchanged are weights, or statistics of the inputs. An f that

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 
 from .checks import check_cell, check_choices, initial_state, refuse_unfit_cells
+from .collectives import current_agreement, in_agreement
 from .compiled import buffers_kept
 from .computed_weights import computed_once, forget_weights_without_graph
 from .dropout import one_draw
@@ -131,10 +132,13 @@ def fixed_point(
     recording = torch.is_grad_enabled()
     unrolling = recording and gradient.through_solver
 
+    agreement = current_agreement()
+
     def finish_adjoint(report: SolverReport) -> None:
         if on_adjoint is not None:
             on_adjoint(report)
-        act_on_failure(report, on_failure, f"the adjoint solve with {gradient}")
+        with in_agreement(agreement):
+            act_on_failure(report, on_failure, f"the adjoint solve with {gradient}")
 
     def attached(z: Tensor, gradient: Gradient) -> Tensor:
         with_graph = z

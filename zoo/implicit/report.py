@@ -10,6 +10,8 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor
 
+from .collectives import everywhere
+
 OnFailure = Literal["ignore", "warn", "raise"]
 
 
@@ -103,15 +105,22 @@ def act_on_failure(report: SolverReport, on_failure: OnFailure, what: str) -> No
     """Warn or raise if a sample of ``report`` did not converge.
 
     The text of the warning does not depend on the batch, so that Python's default filter shows it once, not at
-    every step of a training run.
+    every step of a training run. Processes that agree all raise, or none does: the others would wait for the one that
+    did, in the next collective.
 
     Raises:
         ConvergenceError: if ``on_failure`` is ``"raise"``.
     """
-    if on_failure == "ignore" or bool(report.converged.all()):
+    if on_failure == "ignore":
         return
+    converged = bool(report.converged.all())
     if on_failure == "raise":
-        raise ConvergenceError(f"{what}: {report.summary()}", report)
+        if everywhere(converged, report.converged.device):
+            return
+        where = " in this process, and some samples of another one failed" if converged else ""
+        raise ConvergenceError(f"{what}: {report.summary()}{where}", report)
+    if converged:
+        return
     advice = "; ".join(f"{status.name}: {status.advice}" for status in report.failures())
     warnings.warn(f"{what} did not converge for every sample. {advice}", ConvergenceWarning, stacklevel=3)
 
