@@ -8,7 +8,8 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+import traceback
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -20,33 +21,81 @@ CLI = str(ROOT / "cli.py")
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run")
 FIT = ("fit", "-c", DIGITS, *TINY)
 TWO = ("--trainer.devices", "2", "--trainer.strategy", "ddp")
+PATIENCE = 300.0
+"""Seconds after which a process hangs, rather than being slow on a busy machine."""
+
+_OURS = {"DEQ_ZOO_TESTS_PROCESS": str(os.getpid())}
+_started: list[subprocess.Popen[str]] = []
 
 
 def start(*command: str) -> subprocess.Popen[str]:
-    """A command whose output, of both kinds, is kept."""
-    return subprocess.Popen(
+    """A command whose output, of both kinds, is kept. The fixture ``nothing_is_left`` ends it in any case."""
+    process = subprocess.Popen(
         command,
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
         text=True,
-        env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        env={**os.environ, **_OURS, "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)},
+        start_new_session=True,
     )
+    _started.append(process)
+    return process
+
+
+def kill_all() -> None:
+    """All that :func:`start` started and what these started: torchrun's are in sessions of their own, or orphans."""
+    while found := list(_living()):
+        for each in found:
+            try:
+                os.kill(each, signal.SIGKILL)
+            except ProcessLookupError:
+                continue
+        time.sleep(0.01)
+    for process in _started:
+        process.wait(timeout=10)
+
+
+def close_all() -> None:
+    """And nothing is left of them."""
+    kill_all()
+    for process in _started:
+        assert process.stdout is not None
+        process.stdout.close()
+    _started.clear()
+
+
+def _living() -> Iterator[int]:
+    """Known by their environment, which processes hand on."""
+    ((name, value),) = _OURS.items()
+    for file in Path("/proc").glob("[0-9]*/environ"):
+        try:
+            words = file.read_bytes().split(b"\0")
+        except OSError:  # it has ended, or is somebody else's
+            continue
+        if f"{name}={value}".encode() in words:
+            yield int(file.parent.name)
 
 
 def output_of(process: subprocess.Popen[str]) -> str:
-    """All that it says; it has to end by itself."""
+    """All that it says; it has to end by itself, and all that it started."""
     try:
-        return process.communicate(timeout=120)[0]
+        return process.communicate(timeout=PATIENCE)[0]
     except subprocess.TimeoutExpired:
-        process.kill()
-        raise AssertionError(f"it hung, after it said: {process.communicate()[0]}") from None
+        raise AssertionError(f"it hung, after it said: {_last_words(process)}") from None
 
 
 def wait_for(process: subprocess.Popen[str], there: Callable[[], Any]) -> None:
     """Until this is so, while the process lives."""
+    deadline = time.monotonic() + PATIENCE
     while not there():
-        assert process.poll() is None, process.communicate()[0]
+        assert process.poll() is None, _last_words(process)
+        assert time.monotonic() < deadline, f"it took too long, and said: {_last_words(process)}"
         time.sleep(0.02)
+
+
+def _last_words(process: subprocess.Popen[str]) -> str:
+    kill_all()
+    return process.communicate(timeout=10)[0]
 
 
 def children_of(process: int) -> list[int]:
@@ -76,20 +125,48 @@ class FailOnRank(pl.Callback):
             raise ValueError("something is wrong here")
 
 
-def killed_after(seconds: float, run: Callable[[], Any], until: Callable[[], Any] = lambda: True) -> bool:
-    """Run this in a copy of this process, and kill it so long after ``until``; whether it had not ended by then."""
+def killed_after(seconds: float, run: Callable[[], Any], output: Path, until: Callable[[], Any] = lambda: True) -> bool:
+    """Run this in a copy of this process, and kill it so long after ``until``; whether it had not ended by then.
+
+    Raises:
+        AssertionError: it failed by itself. It says so, with all that it wrote, which is in ``output``.
+    """
     process = os.fork()
     if process == 0:
-        try:
-            with open(os.devnull, "w", encoding="utf-8") as nothing:
-                os.dup2(nothing.fileno(), 1)
-                os.dup2(nothing.fileno(), 2)
-            run()
-        finally:
-            os._exit(0)
-    while not until() and os.waitpid(process, os.WNOHANG) == (0, 0):
-        time.sleep(0.005)
-    time.sleep(seconds)
-    os.kill(process, signal.SIGKILL)
-    _, status = os.waitpid(process, 0)
-    return os.WIFSIGNALED(status)
+        _run(run, output)
+    status: int | None = None
+    deadline = time.monotonic() + PATIENCE
+    try:
+        while (status := _ended(process)) is None and not until():
+            assert time.monotonic() < deadline, output.read_text(encoding="utf-8")
+            time.sleep(0.005)
+        if status is None:
+            time.sleep(seconds)
+    finally:
+        if status is None:
+            os.kill(process, signal.SIGKILL)
+            status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+    assert status in (0, -signal.SIGKILL), output.read_text(encoding="utf-8")
+    return status != 0
+
+
+def _run(run: Callable[[], Any], output: Path) -> None:
+    """In the copy, which never goes on with what the tests do."""
+    status = 1
+    try:
+        with output.open("w", encoding="utf-8") as file:
+            os.dup2(file.fileno(), 1)
+            os.dup2(file.fileno(), 2)
+            try:
+                run()
+                status = 0
+            except BaseException:  # noqa: BLE001 - that of a parser's exit too
+                traceback.print_exc(file=file)
+    finally:
+        os._exit(status)
+
+
+def _ended(process: int) -> int | None:
+    """Its exit status, once; None while it runs."""
+    found, status = os.waitpid(process, os.WNOHANG)
+    return os.waitstatus_to_exitcode(status) if found else None

@@ -14,10 +14,13 @@ import pytest
 import torch
 
 from tests.command_line import DIGITS, TINY, Fitted, fit, metrics, same
-from tests.launching import CLI, FIT, TWO, children_of, killed_after, output_of, start, wait_for
+from tests.launching import CLI, FIT, PATIENCE, TWO, children_of, killed_after, output_of, start, wait_for
 
 # From Python 3.12 a fork of a process with threads is warned of.
-pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning"),
+    pytest.mark.usefixtures("nothing_is_left"),
+]
 
 CHECKPOINTS = Path("runs", "tanh_deq_digits", "version_0", "checkpoints")
 LAST = CHECKPOINTS / "last.ckpt"
@@ -25,6 +28,8 @@ AUTO = ("--resume", "auto")
 CONSTANT = ("--model.schedule", "constant")
 FORKED = ("--trainer.devices", "2", "--trainer.strategy", "ddp_fork")
 """The same numbers as of ``ddp``, in a moment."""
+STARTING = (0, 2)
+"""Those of the kills which come at any moment from the start of the process on; others come after a checkpoint."""
 
 
 def is_the_same(run: Fitted, whole: Fitted) -> None:
@@ -41,18 +46,19 @@ def is_the_same(run: Fitted, whole: Fitted) -> None:
 
 @pytest.mark.parametrize("workers", [0, 2])
 def test_killed_at_random_moments(workers: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Within steps, validation and writes; each run goes on from the last checkpoint of those before."""
+    """While it starts, within steps, validation and writes; each goes on from the last checkpoint of those before."""
     command = ("-c", DIGITS, *TINY, "--trainer.max_epochs", "12", "--data.num_workers", str(workers))
     whole = fit(*command)
     (tmp_path / "killed").mkdir()
     monkeypatch.chdir(tmp_path / "killed")
     rng, killed = random.Random(workers), 0
-    for _ in range(4):
+    for n in range(5):
         before = LAST.stat().st_mtime_ns if LAST.exists() else 0
         killed += killed_after(
-            rng.random() * 0.3,
+            rng.random() * (1.0 if n in STARTING else 0.3),
             lambda: fit(*command, *AUTO),
-            until=lambda before=before: LAST.exists() and LAST.stat().st_mtime_ns > before,
+            tmp_path / "output",
+            until=lambda n=n, before=before: n in STARTING or (LAST.exists() and LAST.stat().st_mtime_ns > before),
         )
     assert killed > 0, "it was too fast for this test"
     resumed = fit(*command, *AUTO)
@@ -67,13 +73,12 @@ def test_one_of_two_processes_is_killed(rank: int, tmp_path: Path, monkeypatch: 
     wait_for(process, LAST.exists)
     (other,) = children_of(process.pid)
     os.kill((process.pid, other)[rank], signal.SIGKILL)
-    began = time.monotonic()
     output = output_of(process)
     assert process.returncode != 0
-    assert time.monotonic() - began < 60
+    deadline = time.monotonic() + PATIENCE
     while Path(f"/proc/{other}").exists():  # it notices, if it was not the one
         time.sleep(0.1)
-        assert time.monotonic() - began < 60
+        assert time.monotonic() < deadline, "it waits for the one that is no more"
     stopped = max(torch.load(file, weights_only=True)["global_step"] for file in CHECKPOINTS.glob("*.ckpt"))
     if "Stopped at step" in output:
         assert re.findall(r"Stopped at step (\d+)", output) == [str(stopped)]
@@ -95,10 +100,8 @@ def test_one_of_two_processes_fails(rank: int) -> None:
     arguments = ("--trainer.callbacks.rank", str(rank), "--trainer.callbacks.step", "3")
     process = start(sys.executable, CLI, *FIT, *TWO, "--trainer.max_epochs", "100000", *failing, *arguments)
     wait_for(process, LAST.exists)
-    began = time.monotonic()
     output = output_of(process)
     assert process.returncode not in (0, 2)
-    assert time.monotonic() - began < 60
     assert "ValueError: something is wrong here" in output
     step = torch.load(CHECKPOINTS / "interrupted.ckpt", weights_only=True)["global_step"]
     assert step == 3

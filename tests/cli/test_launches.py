@@ -15,6 +15,8 @@ from lightning_modules.usage_errors import UsageError
 from tests.command_line import rows
 from tests.launching import CLI, FIT, TORCHRUN, TWO, free_port, output_of, start, wait_for
 
+pytestmark = pytest.mark.usefixtures("nothing_is_left")
+
 RUNS = Path("runs", "tanh_deq_digits")
 BEST = RUNS / "version_0" / "checkpoints" / "best.ckpt"
 
@@ -51,14 +53,21 @@ def test_torchrun() -> None:
     is_one_run(output)
 
 
-def test_two_nodes() -> None:
-    port = free_port()
+def two_nodes(port: str) -> tuple[list[int], str]:
+    """How the launchers of both ended, and what they said."""
     place = ("--nnodes", "2", "--nproc_per_node", "1", "--master_addr", "127.0.0.1", "--master_port", port)
     counts = ("--trainer.num_nodes", "2", "--trainer.devices", "1", "--trainer.strategy", "ddp")
     nodes = [start(*TORCHRUN, "--node_rank", str(rank), *place, CLI, *FIT, *counts) for rank in range(2)]
-    outputs = [output_of(node) for node in nodes]
-    assert [node.returncode for node in nodes] == [0, 0], outputs
-    is_one_run("".join(outputs))
+    output = "".join(map(output_of, nodes))
+    return [node.returncode for node in nodes], output
+
+
+def test_two_nodes() -> None:
+    statuses, output = two_nodes(free_port())
+    if "address already in use" in output.lower():  # somebody else took it in between
+        statuses, output = two_nodes(free_port())
+    assert statuses == [0, 0], output
+    is_one_run(output)
 
 
 def test_torchrun_starts_more_than_the_trainer_knows_of() -> None:

@@ -99,25 +99,18 @@ def test_a_finished_run_is_trained_longer() -> None:
 
 
 @pytest.mark.parametrize("step", [1, 2, 3, 5])
-def test_it_is_as_if_it_had_never_stopped(step: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    whole = fit("-c", DIGITS, *LONG)
-    monkeypatch.chdir(tmp_path_of(tmp_path, "stopped"))
+def test_it_is_as_if_it_had_never_stopped(step: int, never_stopped: Fitted) -> None:
     stopped_at(step, *AUTO)
     assert (RUNS / "version_0" / "checkpoints" / "interrupted.ckpt").is_file()
     resumed = fit("-c", DIGITS, *LONG, *AUTO)
     assert resumed.folder == Path.cwd() / RUNS / "version_0"
-    first, second = (torch.load(run.last, weights_only=True) for run in (whole, resumed))
+    first, second = (torch.load(run.last, weights_only=True) for run in (never_stopped, resumed))
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
         assert same(first[part], second[part]), part
-    assert log(resumed.folder) == log(whole.folder)
-    assert metrics(resumed.cli)["test/accuracy"] == metrics(whole.cli)["test/accuracy"]
+    assert log(resumed.folder) == log(never_stopped.folder)
+    assert metrics(resumed.cli)["test/accuracy"] == metrics(never_stopped.cli)["test/accuracy"]
     best = resumed.cli.trainer.checkpoint_callback.best_model_score
-    assert best == whole.cli.trainer.checkpoint_callback.best_model_score
-
-
-def tmp_path_of(tmp_path: Path, name: str) -> Path:
-    (tmp_path / name).mkdir()
-    return tmp_path / name
+    assert best == never_stopped.cli.trainer.checkpoint_callback.best_model_score
 
 
 def test_the_last_checkpoint_is_the_last_though_it_is_not_the_best() -> None:
