@@ -32,7 +32,7 @@ pytestmark = pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:De
 
 def test_the_learning_rate_is_that_of_the_step() -> None:
     steps, rates = Steps(), Rates()
-    train(small(schedule="one_cycle", lr=0.1, warmup_fraction=0.5), rates, logger=steps)
+    train(small(schedule="one_cycle", lr=0.1, warmup_fraction=0.5, show_every=0), rates, logger=steps)
     assert [logged["train/lr"] for logged in steps.logged] == rates.rates
     assert len(set(rates.rates)) == 4, "each step has another"
 
@@ -74,24 +74,24 @@ def test_throughput_is_that_since_the_last_logged_step(monkeypatch: pytest.Monke
     """Validation in the middle and at the end of an epoch is left out, and so is the sanity check."""
     clock, steps = Clock(monkeypatch), Steps()
     options = {"val_check_interval": 1, "num_sanity_val_steps": 1, "log_every_n_steps": 2, "max_epochs": 2}
-    train(small(), clock, logger=steps, **options)
+    train(small(show_every=0), clock, logger=steps, **options)
     per_second = [sum(clock.evaluations[i : i + 2]) / 4 for i in (0, 2, 4, 6)]
     assert speeds(steps) == [(10.0, pytest.approx(each)) for each in per_second]
 
 
 def test_throughput_counts_all_batches_of_a_step(monkeypatch: pytest.MonkeyPatch) -> None:
     clock, steps = Clock(monkeypatch), Steps()
-    train(small(), clock, logger=steps, accumulate_grad_batches=2)
+    train(small(show_every=0), clock, logger=steps, accumulate_grad_batches=2)
     assert speeds(steps) == [(10.0, pytest.approx(sum(clock.evaluations[i : i + 2]) / 4)) for i in (0, 2)]
 
 
 def test_throughput_of_a_resumed_run_is_its_own(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Its first window, of two steps here, knows nothing of the steps before."""
-    run = train(small(schedule="constant"), loader=batches(6))
+    run = train(small(schedule="constant", show_every=0), loader=batches(6))
     run.save_checkpoint(tmp_path / "run.ckpt")
     clock, steps = Clock(monkeypatch), Steps()
     options = {"max_epochs": 2, "log_every_n_steps": 4, "ckpt_path": tmp_path / "run.ckpt"}
-    train(small(schedule="constant"), clock, loader=batches(6), logger=steps, **options)
+    train(small(schedule="constant", show_every=0), clock, loader=batches(6), logger=steps, **options)
     assert speeds(steps) == [
         (10.0, pytest.approx(sum(clock.evaluations[:2]) / 4)),
         (10.0, pytest.approx(sum(clock.evaluations[2:]) / 8)),
@@ -101,7 +101,7 @@ def test_throughput_of_a_resumed_run_is_its_own(tmp_path: Path, monkeypatch: pyt
 def test_unrolled_steps_count_their_applications(monkeypatch: pytest.MonkeyPatch) -> None:
     _, steps = Clock(monkeypatch), Steps()
     clock = Clock(monkeypatch)
-    train(small(pretrain_steps=4, pretrain_depth=3), clock, logger=steps)
+    train(small(pretrain_steps=4, pretrain_depth=3, show_every=0), clock, logger=steps)
     assert {found for _, found in speeds(steps)} == {(3 + 1) / 2}, "and the one that tells the residual"
 
 
