@@ -9,7 +9,6 @@ from contextlib import contextmanager
 
 import numpy as np
 import torch
-from pytorch_lightning.utilities.seed import isolate_rng
 
 
 def seed_of(*key: int | str) -> int:
@@ -23,8 +22,13 @@ def random_numbers_of(seed: int) -> Iterator[None]:
 
     Generators of other devices are left alone: a worker process must not touch them.
     """
-    with isolate_rng(include_cuda=False):
+    before = torch.get_rng_state(), random.getstate(), np.random.get_state(legacy=False)  # noqa: NPY002
+    try:
         torch.default_generator.manual_seed(seed)
         random.seed(seed)
         np.random.seed(seed % 2**32)  # noqa: NPY002 - what a user's dataset may draw from
         yield
+    finally:
+        torch.set_rng_state(before[0])
+        random.setstate(before[1])
+        np.random.set_state(before[2])  # noqa: NPY002
