@@ -19,7 +19,7 @@ from torch import Tensor
 
 from .base import whole_number
 from .idx import DataError
-from .processes import Place, place_in_training, processes_of
+from .processes import Pass, Place, no_place, place_in_training, processes_of, refuse_other_processes
 
 Batch = tuple[Tensor, Tensor]
 IGNORED = -100
@@ -112,7 +112,12 @@ class TextBatches:
         lengths: ``(S,)``.
         segment_length: L.
         rows: the streams wanted; by default all of them. The number and the length of the batches follow from all.
-        place: where a pass is to begin, as an epoch and a number of batches; where it gives None, at the beginning.
+        place: where a pass is to begin, given the pass, as an epoch and a number of batches; where it gives None, at
+            the beginning.
+        processes: how many share the text; None if any number may read these rows.
+
+    Raises:
+        DataError: another number of processes is there when a pass begins.
     """
 
     def __init__(
@@ -122,7 +127,8 @@ class TextBatches:
         lengths: Tensor,
         segment_length: int,
         rows: slice = slice(None),
-        place: Callable[[object], Place | None] = lambda _: None,
+        place: Callable[[object], Place | None] = no_place,
+        processes: int | None = None,
     ) -> None:
         self.text = text
         self.starts = starts[rows]
@@ -130,6 +136,8 @@ class TextBatches:
         self.segment_length = segment_length
         self.longest = int(lengths.max())
         self.place = place
+        self.processes = processes
+        self._trains = False
         self._next = self._first = 0
 
     def state_dict(self) -> dict[str, int]:
@@ -144,12 +152,25 @@ class TextBatches:
     def __len__(self) -> int:
         return math.ceil(self.longest / self.segment_length)
 
-    def __iter__(self) -> Iterator[Batch]:
-        known = self.place(self)
+    def __iter__(self) -> Pass[Batch]:
+        """A pass, begun when its first batch is asked for. A user's, while a Trainer trains, changes no state."""
+        return Pass(self._pass)
+
+    def _pass(self, asked: Pass[Batch]) -> Iterator[Batch]:
+        if self.processes is not None:
+            refuse_other_processes(self.processes)
+        known = self.place(asked)
+        counts = known is not None or not self._trains
+        self._trains = self._trains or known is not None
         first, self._first = self._first if known is None else known[1] * self.segment_length, 0
+        return self._batches(first, counts)
+
+    def _batches(self, first: int, counts: bool) -> Iterator[Batch]:
         for begin in range(first, self.longest, self.segment_length):
-            self._next = min(begin + self.segment_length, self.longest)
-            place = torch.arange(begin, self._next)
+            end = min(begin + self.segment_length, self.longest)
+            if counts:
+                self._next = end
+            place = torch.arange(begin, end)
             over = place >= self.lengths.unsqueeze(1)
             at = (self.starts.unsqueeze(1) + place).masked_fill(over, 0)
             tokens, target = self.text[at].long(), self.text[at + 1].long()
@@ -261,7 +282,7 @@ class TextDataModule(LightningDataModule, ABC):
             )
         rows = slice(rank * self.batch_size, (rank + 1) * self.batch_size)
         place = partial(place_in_training, self)
-        return TextBatches(text, *training_streams(len(text), streams), self.segment_length, rows, place)
+        return TextBatches(text, *training_streams(len(text), streams), self.segment_length, rows, place, devices)
 
     def val_dataloader(self) -> TextBatches:
         """This device's streams of the validation text; :class:`DataError` as :meth:`test_dataloader`."""

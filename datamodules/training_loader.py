@@ -9,7 +9,7 @@ from typing import Any, NamedTuple, cast
 import torch
 from torch.utils.data import DataLoader, Dataset, DistributedSampler, Sampler, SequentialSampler
 
-from .processes import Place, refuse_too_few
+from .processes import Pass, Place, no_place, refuse_other_processes, refuse_too_few
 from .randomness import random_numbers_of, seed_of
 
 
@@ -46,7 +46,7 @@ class TrainingSampler(DistributedSampler[Draw]):
         shuffle: False takes the samples in the order they have.
 
     Attributes:
-        epoch: of the pass that began last, or of the first one.
+        epoch: of the pass that began last, of those that count, or of the first one.
         batches: how many of its batches were given.
 
     Raises:
@@ -61,15 +61,18 @@ class TrainingSampler(DistributedSampler[Draw]):
         self.batch_size = batch_size
         self.run_seed = run_seed
         self.used = len(dataset) - len(dataset) % processes
-        self.epoch, self.batches = self._next = epoch, 0
+        self.epoch, self.batches = self._next = self._first = epoch, 0
 
     def __len__(self) -> int:
         return math.ceil(self.used / (self.batch_size * self.num_replicas))
 
     def __iter__(self) -> Iterator[Draw]:
-        epoch, order = self.epoch, self.order(self.epoch)
+        return self._draws(*self._first)
+
+    def _draws(self, epoch: int, first: int) -> Iterator[Draw]:
+        order = self.order(epoch)
         together = self.batch_size * self.num_replicas
-        for k in range(self.batches, len(self)):
+        for k in range(first, len(self)):
             piece = order[k * together : (k + 1) * together]
             seed = seed_of("batch", self.run_seed, epoch, k, self.rank)
             yield Draw(seed, piece[self.rank :: self.num_replicas].tolist())
@@ -92,10 +95,12 @@ class TrainingSampler(DistributedSampler[Draw]):
         if self._next[0] != epoch:
             self._next = epoch, 0
 
-    def begin(self, place: Place | None) -> None:
-        """Begin a pass, there if a place is given."""
-        self.epoch, self.batches = self._next if place is None else place
-        self._next = self.epoch + 1, 0
+    def begin(self, place: Place | None, counts: bool = True) -> None:
+        """Begin a pass, there if a place is given. If it does not count, the state stays that of the one before."""
+        self._first = self._next if place is None else place
+        self._next = self._first[0] + 1, 0
+        if counts:
+            self.epoch, self.batches = self._first
 
     def state_dict(self) -> dict[str, int]:
         """The run's seed, the epoch, and how many of its batches were given."""
@@ -105,6 +110,7 @@ class TrainingSampler(DistributedSampler[Draw]):
         """The next pass goes on there; where the epoch had ended, it is the epoch after it."""
         self.run_seed, self.epoch, self.batches = state["run_seed"], state["epoch"], state["batches"]
         self._next = (self.epoch, self.batches) if self.batches < len(self) else (self.epoch + 1, 0)
+        self._first = self._next
 
 
 class DrawnBatches(Dataset[Any]):
@@ -112,11 +118,13 @@ class DrawnBatches(Dataset[Any]):
 
     Args:
         dataset: of samples.
-        collate: makes a batch of a list of them.
+        batch_size: of the batches that the sampler says.
+        collate: makes a batch of a list of samples.
     """
 
-    def __init__(self, dataset: Dataset[Any], collate: Callable[[list[Any]], Any]) -> None:
+    def __init__(self, dataset: Dataset[Any], batch_size: int, collate: Callable[[list[Any]], Any]) -> None:
         self.dataset = dataset
+        self.batch_size = batch_size
         self.collate = collate
 
     def __len__(self) -> int:
@@ -136,23 +144,29 @@ class TrainingLoader(DataLoader[Any]):
 
     Order and random numbers are those of :class:`TrainingSampler`; nothing that is drawn elsewhere changes them, and
     they change nothing elsewhere. A Trainer's checkpoints have its state, and a run that goes on from one sees the
-    batches that it would have seen.
+    batches that it would have seen. Passes of a user while a Trainer trains, as to update batch normalization, are
+    whole epochs, and do not count in that state.
+
+    Where it is given to a Trainer itself, Lightning may make it anew, from its attributes: for ``overfit_batches`` and
+    prediction. It then gives the dataset and the sampler that it finds in it.
 
     Args:
-        dataset: of samples.
+        dataset: of samples, or that of another TrainingLoader, whose batches then have its size and are made as its.
         batch_size: samples a batch, in each process.
         collate_fn: makes a batch of a list of samples.
         run_seed: the run's seed.
         epoch: of the first pass.
         processes: how many there are.
         rank: which of them this is.
-        place: where a pass of this loader is to begin; where it gives None, the pass is the next epoch.
+        place: where a pass of this loader is to begin, given the pass; where it gives None, it is the next epoch.
         shuffle: False takes the samples in their order: what Lightning asks for with ``overfit_batches``.
-        sampler: what Lightning then gives with it, a SequentialSampler; nothing else.
+        sampler: what Lightning then gives with it, a SequentialSampler, or that of another TrainingLoader, for its
+            order; nothing else.
         options: of the DataLoader.
 
     Raises:
-        DataError: there are fewer samples than processes.
+        DataError: there are fewer samples than processes; or, when a pass begins, another number of processes is there.
+        ValueError: the sampler is another one.
     """
 
     sampler: TrainingSampler
@@ -160,32 +174,56 @@ class TrainingLoader(DataLoader[Any]):
     def __init__(
         self,
         dataset: Dataset[Any],
-        batch_size: int,
+        batch_size: int | None,
         collate_fn: Callable[[list[Any]], Any],
         *,
         run_seed: int,
         epoch: int = 0,
         processes: int = 1,
         rank: int = 0,
-        place: Callable[[object], Place | None] = lambda _: None,
+        place: Callable[[object], Place | None] = no_place,
         shuffle: bool = True,
-        sampler: Sampler[int] | None = None,
+        sampler: Sampler[Any] | None = None,
         **options: Any,
     ) -> None:
-        if sampler is not None and (shuffle or not isinstance(sampler, SequentialSampler)):
-            raise ValueError(f"a TrainingLoader has a sampler of its own; given: {sampler!r}")
+        if isinstance(sampler, TrainingSampler):
+            shuffle, epoch = sampler.shuffle, sampler.next_epoch
+        elif sampler is not None and (shuffle or type(sampler) is not SequentialSampler):
+            raise ValueError(
+                f"a TrainingLoader has a sampler of its own; given: {sampler!r}. Where Lightning gave it: give the "
+                "Trainer the data module itself (datamodule=...), or a loader that is not for training"
+            )
+        if isinstance(dataset, DrawnBatches):
+            batch_size, collate_fn, dataset = dataset.batch_size, dataset.collate, dataset.dataset
+        if batch_size is None:
+            raise ValueError("batch_size is a whole number, at least 1; given: None")
         sized = cast(Sized, dataset)
         own = TrainingSampler(sized, batch_size, run_seed, epoch, processes, rank, shuffle)
+        # A pass draws a seed for its workers, of which nothing follows here: not from the generator of the user.
+        options.setdefault("generator", torch.Generator())
         # A sampler that gives whole batches, as torch's documentation has it: without batch_size, and collated already.
         super().__init__(
-            DrawnBatches(dataset, collate_fn), batch_size=None, sampler=own, collate_fn=_as_it_is, **options
+            DrawnBatches(dataset, batch_size, collate_fn), None, sampler=own, collate_fn=_as_it_is, **options
         )
-        self.place = place
+        # Lightning makes a loader anew from attributes that are named as the arguments are.
+        self.run_seed, self.epoch, self.processes, self.rank, self.place = run_seed, epoch, processes, rank, place
+        self._trains = False
 
-    def __iter__(self) -> Iterator[Any]:  # type: ignore[override]
-        """A pass, begun when its first batch is asked for: only then Lightning has said which epoch it is."""
-        self.sampler.begin(self.place(self))
-        for batch in super().__iter__():
+    def __iter__(self) -> Pass[Any]:  # type: ignore[override]
+        """A pass, begun when its first batch is asked for."""
+        return Pass(self._pass)
+
+    def _pass(self, asked: Pass[Any]) -> Iterator[Any]:
+        refuse_other_processes(self.processes)
+        place = self.place(asked)
+        counts = place is not None or not self._trains
+        self._trains = self._trains or place is not None
+        self.sampler.begin(place, counts)
+        # A pass that does not count has workers of its own: those that stay serve one pass at a time.
+        return self._counted(super().__iter__()) if counts else self._get_iterator()
+
+    def _counted(self, batches: Iterator[Any]) -> Iterator[Any]:
+        for batch in batches:
             self.sampler.batches += 1
             yield batch
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 import random
 from types import SimpleNamespace
 
@@ -13,11 +14,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pytorch_lightning import LightningModule, Trainer
 from torch import Tensor, nn
-from torch.utils.data import DataLoader, Dataset, default_collate
+from torch.utils.data import DataLoader, Dataset, SequentialSampler, default_collate
 
 from datamodules import DataError, DigitScenesDataModule, DigitsDataModule, SyntheticFlowDataModule
 from datamodules.base import SplitDataModule, Splits
 from datamodules.processes import EvaluationSampler
+from datamodules.randomness import random_numbers_of
 from datamodules.training_loader import TrainingLoader, TrainingSampler
 from tests.datamodules.loading import two_workers
 
@@ -113,14 +115,11 @@ def test_each_batch_draws_its_own_numbers_and_disturbs_nobody():
         for seed in (torch.manual_seed, random.seed, np.random.seed):
             seed(number)
         states = torch.get_rng_state(), random.getstate(), np.random.get_state()  # noqa: NPY002
-        batches = iter(loader(processes=2, rank=1))
-        first = next(batches)  # a pass itself draws a seed for its workers, as every DataLoader does
-        assert torch.equal(first, draws[1][0])
+        batches = loader(processes=2, rank=1)
+        assert all(torch.equal(batch, expected) for batch, expected in zip(batches, draws[1], strict=True))
         after = random.getstate(), np.random.get_state()  # noqa: NPY002
         assert str((states[1], states[2])) == str(after)
-        state = torch.get_rng_state()
-        assert all(torch.equal(batch, expected) for batch, expected in zip(batches, draws[1][1:], strict=True))
-        assert torch.equal(torch.get_rng_state(), state)
+        assert torch.equal(torch.get_rng_state(), states[0])
 
 
 @pytest.mark.parametrize("num_workers", [1, 2])
@@ -310,3 +309,106 @@ def test_what_others_ask_of_a_loader():
     assert one.dataset[3][0] == 3
     with pytest.raises(ValueError, match="a TrainingLoader has a sampler of its own; given"):
         loader(sampler=EvaluationSampler(range(5), 1, 0, "test"))
+
+
+class Passing(Recorder):
+    """A user who makes passes of his own over the training loader, wherever he can."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.passes: dict[str, list[list[list[int]]]] = {}
+        self.states: list[dict[str, int]] = []
+
+    def look(self, where: str) -> None:
+        before = self.trainer.train_dataloader.state_dict()
+        self.passes.setdefault(where, []).append(samples(self.trainer.train_dataloader))
+        if where not in ("start", "epoch_start"):
+            assert self.trainer.train_dataloader.state_dict() == before
+
+    def on_train_start(self):
+        self.look("start")
+
+    def on_train_epoch_start(self):
+        self.look("epoch_start")
+
+    def on_train_batch_end(self, outputs, batch, batch_idx):
+        if batch_idx == 2:
+            self.look("batch_end")
+
+    def on_train_epoch_end(self):
+        self.look("epoch_end")
+
+    def on_train_end(self):
+        self.look("end")
+
+
+@pytest.mark.parametrize("num_workers", [0, pytest.param(2, marks=two_workers)])
+def test_passes_of_a_user_are_whole_and_change_nothing(num_workers, tmp_path):
+    torch.manual_seed(3)
+    model = Passing()
+    trainer(tmp_path, max_epochs=2).fit(model, datamodule=NumbersData(num_workers=num_workers))
+    assert model.seen["train"] == flat(samples(loader(size=12, run_seed=3, epoch=epoch)) for epoch in range(2))
+    assert {where: len(found) for where, found in model.passes.items()} == {
+        **dict.fromkeys(("start", "end"), 1),
+        **dict.fromkeys(("epoch_start", "batch_end", "epoch_end"), 2),
+    }
+    for found in model.passes.values():
+        assert all(sorted(flat(batches)) == list(range(12)) for batches in found)
+
+
+@pytest.mark.filterwarnings("ignore:You requested to overfit but enabled train dataloader shuffling:UserWarning")
+def test_a_trainer_may_be_given_a_loader_itself(tmp_path):
+    torch.manual_seed(3)
+    model = Recorder()
+    trainer(tmp_path, max_epochs=2, overfit_batches=2).fit(
+        model, NumbersData().train_dataloader(), NumbersData().val_dataloader()
+    )
+    assert model.seen["train"] == [[0, 1], [2, 3]] * 2
+    torch.manual_seed(3)
+    found = trainer(tmp_path).predict(Predicting(), NumbersData().train_dataloader())
+    assert found == samples(loader(size=12, run_seed=3))
+
+
+class Predicting(Recorder):
+    def predict_step(self, batch, batch_idx):
+        return samples([batch])[0]
+
+
+class Refused(Recorder):
+    """Under several processes a pass is refused, and the process that sees it says so."""
+
+    def on_fit_start(self):
+        with pytest.raises(DataError, match=r"made for 1 process\(es\), and there are 2: .* \(datamodule=\.\.\.\)"):
+            next(iter(self.given))
+        torch.save("refused", self.folder / f"{self.global_rank}.pt")
+
+
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork:DeprecationWarning")
+def test_a_loader_that_knows_of_one_process_is_refused_by_two(tmp_path):
+    model = Refused(tmp_path)
+    model.given = NumbersData().train_dataloader()
+    run = trainer(tmp_path, devices=2, strategy="ddp_fork", max_epochs=0)
+    run.fit(model, datamodule=NumbersData())
+    assert {path.name for path in tmp_path.glob("*.pt")} == {"0.pt", "1.pt"}
+
+
+def test_evaluation_is_left_as_it_is_by_overfitting():
+    sampler = EvaluationSampler(range(5), 2, 0, "test")
+    assert isinstance(sampler, SequentialSampler)
+    assert (len(sampler), sampler.num_samples, sampler.total_size) == (3, 3, 5)
+
+
+def test_an_error_leaves_the_generators_where_they_were():
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(1)
+    expected = torch.rand(()), random.random(), np.random.rand()  # noqa: NPY002
+    for seed in (torch.manual_seed, random.seed, np.random.seed):
+        seed(1)
+    with pytest.raises(IndexError), random_numbers_of(5):
+        raise IndexError
+    assert (torch.rand(()), random.random(), np.random.rand()) == expected  # noqa: NPY002
+
+
+def test_a_loader_can_be_pickled():
+    again = pickle.loads(pickle.dumps(loader()))  # noqa: S301 - it is our own
+    assert samples(again) == samples(loader())
