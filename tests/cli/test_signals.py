@@ -49,7 +49,7 @@ def run_with(number: int, hook: str, step: int, *args: str) -> tuple[int, list[s
         ("on_train_epoch_end", 4, 4, "last"),
     ],
 )
-def test_sigterm(hook: str, step: int, saved: int, file: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_sigterm(hook: str, step: int, saved: int, file: str, never_stopped: Fitted) -> None:
     status, messages = run_with(signal.SIGTERM, hook, step, *AUTO)
     assert status == 143
     path = CHECKPOINTS / f"{file}.ckpt"
@@ -57,13 +57,10 @@ def test_sigterm(hook: str, step: int, saved: int, file: str, tmp_path: Path, mo
     assert message.startswith(f"Stopped at step {saved} by SIGTERM. The state is saved in {path}\nTo go on: ")
     assert torch.load(path, weights_only=True)["global_step"] == saved
     resumed = fit("-c", DIGITS, *LONG, *AUTO)
-    (tmp_path / "whole").mkdir()
-    monkeypatch.chdir(tmp_path / "whole")
-    whole = fit("-c", DIGITS, *LONG)
-    first, second = (torch.load(each.last, weights_only=True) for each in (whole, resumed))
+    first, second = (torch.load(each.last, weights_only=True) for each in (never_stopped, resumed))
     for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
         assert same(first[part], second[part]), part
-    assert log(resumed.folder) == log(whole.folder)
+    assert log(resumed.folder) == log(never_stopped.folder)
 
 
 def test_sigterm_when_training_has_ended(fitted: Fitted) -> None:
