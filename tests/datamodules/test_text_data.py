@@ -124,6 +124,17 @@ def test_reading_goes_on_where_it_was(read):
         assert [tokens.tolist() for tokens, _ in resumed] == [tokens.tolist() for tokens, _ in expected]
 
 
+def test_a_pass_of_a_user_while_a_trainer_trains_changes_no_state():
+    places = iter([(0, 2), None])
+    batches = TextBatches(torch.arange(50), *training_streams(50, 2), 4, place=lambda _: next(places))
+    own = iter(batches)
+    next(own)
+    before = batches.state_dict()
+    assert len(list(batches)) == 6
+    assert batches.state_dict() == before == {"position": 12}
+    assert len(list(own)) == 3
+
+
 def test_batches_by_hand():
     """Two streams of four tokens and one left out; in evaluation, streams of five and of four targets."""
     module = Numbers(9, 10, 3, batch_size=2, segment_length=2, eval_batch_size=2, eval_segment_length=4)
