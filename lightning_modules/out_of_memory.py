@@ -15,7 +15,7 @@ from pytorch_lightning.callbacks import Callback
 from torch import Tensor
 from torch.utils import _pytree as pytree
 
-from zoo.implicit import PhantomGradient, Solver
+from zoo.implicit import PhantomGradient, Solver, solvers
 from zoo.implicit.driver import solve
 
 if TYPE_CHECKING:
@@ -68,11 +68,10 @@ def advice(trainer: pl.Trainer, module: EquilibriumModule, error: BaseException)
     else:
         B, N = found.states.shape
         kind = "an adjoint solve" if found.adjoint else "a solve"
-        where = (
-            f"in {kind} with {type(found.solver).__name__}, which keeps {_mebibytes(found.solver, found.states)} of "
-            f"states: each is of {B} x {N} numbers"
-        )
-        knobs = list(_of_solver(found))
+        ours = type(found.solver).__module__.startswith(solvers.__name__)  # what another one keeps is not known
+        kept = f", which keeps {_mebibytes(found.solver, found.states)} of states" if ours else ""
+        where = f"in {kind} with {type(found.solver).__name__}{kept}: each state is of {B} x {N} numbers"
+        knobs = list(_of_solver(found)) if ours else []
     knobs += [*_of_batches(trainer, training=training), *(_of_training(trainer, module) if training else ())]
     return "\n".join((f"Memory ran out {where}. What takes less:", *(f"  {knob}" for knob in knobs)))
 

@@ -27,8 +27,13 @@ class RunSeed:
 
     @property
     def value(self) -> int:
-        """Of the last run; before the first one, torch's seed."""
-        return torch.initial_seed() if self._of_run is None else self._of_run
+        """Of the last run; before the first one, torch's seed when it was first asked for.
+
+        That seed is kept: the steps, which are seeded by it, change torch's own.
+        """
+        if self._of_run is None:
+            self._of_run = torch.initial_seed()
+        return self._of_run
 
     def begin(self, trainer: pl.Trainer) -> None:
         """A run begins, after all that it goes on from was loaded."""

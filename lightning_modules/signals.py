@@ -6,6 +6,7 @@ import os
 import signal
 import subprocess
 import threading
+from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
 from typing import Any
@@ -19,6 +20,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 
 from .interruptions import InterruptCheckpoint, StoppedBySignal, how_to_go_on, interrupted_path
 
+Handler = Callable[[int, Any], Any]
 _RANKS = (0, signal.SIGUSR1, signal.SIGTERM)  # the later one counts where both came
 
 
@@ -30,7 +32,8 @@ class StopOnSignal(Callback):
     Trainer's SLURMEnvironment has ``auto_requeue=False``, training goes on there too.)
 
     Lightning's own handlers of both are replaced while training: they save, and wait for the other processes, wherever
-    the program happens to be. It puts those back that were there before, when training ends.
+    the program happens to be. It puts those back that were there before, when training ends. One of yours for SIGTERM
+    is called too, and one for SIGUSR1 is left in its place.
 
     All processes stop at the same step, though only one may have got the signal. One that comes within an epoch's last
     step, or in validation, is obeyed after that: the epoch counts as done. In any case there is a checkpoint after the
@@ -38,7 +41,7 @@ class StopOnSignal(Callback):
 
     Ctrl-C, too, waits while parameters are updated; the second one does not.
 
-    Nothing of this is done where the Trainer saves no checkpoints, nor in a thread.
+    Nothing of this is done where the Trainer saves no checkpoints; in a thread no signal is seen.
     """
 
     def __init__(self) -> None:
@@ -51,6 +54,7 @@ class StopOnSignal(Callback):
         self._updating = False
         self._interrupted = False
         self._keepers: list[InterruptCheckpoint] = []
+        self._users: dict[int, Handler] = {}
 
     # --- signals
 
@@ -77,13 +81,17 @@ class StopOnSignal(Callback):
             return
         callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
         self._keepers = [each for each in callbacks if isinstance(each, InterruptCheckpoint)]
+        self._users = _handlers_of_the_user(trainer)
         for number in (signal.SIGTERM, signal.SIGUSR1):
-            signal.signal(number, self._remember)
+            if number == signal.SIGTERM or number not in self._users:
+                signal.signal(number, self._remember)
         if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
             signal.signal(signal.SIGINT, self._control_c)
 
     def _remember(self, number: int, frame: FrameType | None) -> None:
         self._received = max(self._received, number, key=_RANKS.index)
+        if number in self._users:
+            self._users[number](number, frame)
 
     def _control_c(self, number: int, frame: FrameType | None) -> None:
         updating = self._updating or any(each.within_update for each in self._keepers)
@@ -133,12 +141,14 @@ class StopOnSignal(Callback):
     def on_train_epoch_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Stop between epochs, where there is a checkpoint of the last one's end."""
         ended, self._epoch_saved = self._epoch_saved, False
-        if self._agree(trainer) and ended and (path := _newest(trainer)):
+        if self._agree(trainer) and ended and (path := trainer.strategy.broadcast(_newest(trainer))):
             self._obey(trainer, path)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """There is nothing to go on with."""
-        if self._agree(trainer) == signal.SIGTERM:
+        agreed = self._agree(trainer)
+        self._received = 0
+        if agreed == signal.SIGTERM:
             rank_zero_info(f"Stopped by SIGTERM, when training had just ended, at step {trainer.global_step}")
             raise StoppedBySignal(_status(trainer, 128 + signal.SIGTERM))
 
@@ -152,6 +162,8 @@ class StopOnSignal(Callback):
 
     def _agree(self, trainer: pl.Trainer) -> int:
         """The signal that one of the processes got; they wait for each other here."""
+        if trainer.checkpoint_callback is None:
+            return 0
         self._agreed = self._received
         if trainer.world_size > 1:
             mine = torch.tensor(_RANKS.index(self._received), device=trainer.strategy.root_device)
@@ -175,10 +187,19 @@ class StopOnSignal(Callback):
         raise StoppedBySignal(_status(trainer, 128 + self._agreed))
 
 
+def _handlers_of_the_user(trainer: pl.Trainer) -> dict[int, Handler]:
+    """Those that were there before Lightning's, by signal."""
+    before = trainer._signal_connector._original_handlers  # noqa: SLF001 - it alone knows them by now
+    return {int(number): handler for number, handler in before.items() if callable(handler)}
+
+
 def _let_it_end(trainer: pl.Trainer) -> None:
     """Let SIGTERM end the run here and now."""
+    users = _handlers_of_the_user(trainer)
 
-    def end(number: int, _: FrameType | None) -> None:
+    def end(number: int, frame: FrameType | None) -> None:
+        if number in users:
+            users[number](number, frame)
         raise StoppedBySignal(_status(trainer, 128 + number))
 
     if threading.current_thread() is threading.main_thread():

@@ -47,7 +47,8 @@ class SkippedSteps(Callback):
 
     All processes decide alike without asking each other: where a loss is not finite its gradient is made NaN, which
     the mean over processes passes on to all. With fp16 (``16-mixed``) an overflow of the scaled gradient is the
-    scaler's, and no trouble; a loss, or inputs, that are not finite are, and leave the scale as it was.
+    scaler's, and no trouble as long as its scale is 1 or more; a loss, or inputs, that are not finite are, and leave
+    the scale as it was.
 
     ``train/diverged`` in the log is the fraction of the samples of a step whose solve diverged or met NaN. By itself
     that is no reason to skip: a model that has only begun to learn may have no equilibrium yet (of DEQ flow without
@@ -106,7 +107,7 @@ class SkippedSteps(Callback):
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
         """Let the gradient of a loss that does not count be NaN, on all processes."""
-        seen = cast(_Seen, self._seen)
+        seen = self._seen = self._seen or _Seen()  # an optimizer like LBFGS evaluates the loss of a step again
         seen.losses.append(loss.detach())
         counts = loss.detach().isfinite()
         if self.max_diverged < 1 and (failed := seen.failed()) is not None:
@@ -125,11 +126,11 @@ class SkippedSteps(Callback):
         if norm(gradients).isfinite() or largest(gradients).isfinite():  # the former is faster, and may overflow
             self.in_a_row = 0
             return
-        troubles = _of_all_processes(self._trouble(seen, pl_module))
+        troubles = _of_all_processes(trainer, self._trouble(seen, pl_module))
         scaler = getattr(trainer.precision_plugin, "scaler", None)
         if scaler is None:
             optimizer.zero_grad()
-        elif any(trouble.is_own for trouble in troubles):
+        elif any(trouble.is_own for trouble in troubles) or scaler.get_scale() < 1:  # no scale made it overflow then
             self._scale = scaler.get_scale()
         else:
             return
@@ -232,10 +233,10 @@ def _copy(sources: list[Tensor], targets: list[Tensor]) -> None:
         torch._foreach_copy_(targets, sources)  # one call for all, as torch's optimizers do
 
 
-def _of_all_processes(trouble: Trouble) -> list[Trouble]:
+def _of_all_processes(trainer: pl.Trainer, trouble: Trouble) -> list[Trouble]:
     """That of each process: all are here, since all have the same gradients."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+    if trainer.world_size == 1:
         return [trouble]
-    found: list[Any] = [None] * torch.distributed.get_world_size()
+    found: list[Any] = [None] * trainer.world_size
     torch.distributed.all_gather_object(found, trouble)
     return found

@@ -63,6 +63,21 @@ def test_sigterm(hook: str, step: int, saved: int, file: str, never_stopped: Fit
     assert log(resumed.folder) == log(never_stopped.folder)
 
 
+def test_handlers_of_the_users_own_are_called(monkeypatch: pytest.MonkeyPatch) -> None:
+    """That for SIGTERM too, that for SIGUSR1 alone."""
+    came: list[int] = []
+    numbers = (signal.SIGTERM, signal.SIGUSR1)
+    before = {number: signal.signal(number, lambda number, _: came.append(number)) for number in numbers}
+    try:
+        with with_callback(Signal(signal.SIGUSR1, "on_train_batch_start", 1)):
+            status, messages = run_with(signal.SIGTERM, "on_train_batch_start", 2)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    assert (status, came) == (143, [signal.SIGUSR1, signal.SIGTERM])
+    assert not any(message.startswith("Asked") for message in messages)
+
+
 def test_sigterm_when_training_has_ended(fitted: Fitted) -> None:
     status, messages = run_with(signal.SIGTERM, "on_validation_batch_start", 6)
     assert status == 143

@@ -59,7 +59,7 @@ def test_the_solve_is_named_with_what_it_keeps(monkeypatch: pytest.MonkeyPatch) 
     module = small(model_args={"width": 128}, solver=Anderson(memory=10, mix_every=2))
     first, *knobs = noted(module, loader=batches(1, 2048), limit_val_batches=0)
     assert first == (
-        "Memory ran out in a solve with Anderson, which keeps 20.8 MiB of states: each is of 2048 x 128 numbers. "
+        "Memory ran out in a solve with Anderson, which keeps 20.8 MiB of states: each state is of 2048 x 128 numbers. "
         "What takes less:"
     )
     assert knobs[:2] == [

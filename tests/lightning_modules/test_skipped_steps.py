@@ -11,7 +11,7 @@ import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from pytorch_lightning.plugins import MixedPrecision
 
-from lightning_modules import LanguageModel
+from lightning_modules import LanguageModel, SkippedSteps, TrainingError
 from tests.command_line import same
 from tests.lightning_modules import texts
 from tests.lightning_modules.poison import (
@@ -30,7 +30,7 @@ from tests.lightning_modules.poison import (
     without,
     words,
 )
-from tests.lightning_modules.runs import Steps, small
+from tests.lightning_modules.runs import Steps, parameters, small
 
 pytestmark = pytest.mark.filterwarnings("ignore::zoo.implicit.report.ConvergenceWarning")
 
@@ -165,3 +165,20 @@ def test_with_a_scaler_an_overflow_is_no_trouble() -> None:
     assert scales[5] < scales[4]
     assert [logged["train/skipped"] for logged in steps.logged] == [0, 0, 0, 1, 1, 1]
     assert "batch[0], float32" in told[0]
+
+
+def test_with_a_scaler_a_gradient_that_no_scale_mends_ends_the_run() -> None:
+    """The loss is finite, and its gradient is not: the scale falls below 1, and then it is no overflow any more."""
+    plugin = MixedPrecision("16-mixed", "cpu", torch.amp.GradScaler("cpu", init_scale=4.0))
+    module, callback = small(), SkippedSteps(max_consecutive=2)
+    module.model.classifier.weight.register_hook(lambda gradient: gradient * NAN)
+    with told_once(), pytest.raises(TrainingError, match="steps 3 to 4, as many in a row as max_consecutive=2"):
+        fit(module, loader(digits(), set()), callback, plugins=[plugin])
+    assert callback.skipped == 2
+
+
+def test_an_optimizer_that_evaluates_the_loss_of_a_step_again() -> None:
+    module = small(optimizer="LBFGS", schedule="constant", lr=0.1)
+    before = parameters(module)
+    fit(module, loader(digits(), set()))
+    assert not same(before, parameters(module))
