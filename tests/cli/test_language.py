@@ -96,7 +96,9 @@ def test_a_run_is_resumed_with_its_memory(read: Fitted) -> None:
     assert [row["step"] for row in rows(again.folder / "metrics.csv") if row["train/loss"]] == ["2", "3"]
     with said() as messages:
         fit("--ckpt_path", read.last, *SHORT, "--trainer.max_epochs", "2", "--data.batch_size", "2")
-    assert any("the checkpoint's is of batches of 3 rows a process, and now they have 2" in message for message in messages)
+    assert any(
+        "the checkpoint's is of batches of 3 rows a process, and now they have 2" in message for message in messages
+    )
 
 
 def test_a_run_is_resumed_within_an_epoch(folder: Path) -> None:
