@@ -131,7 +131,6 @@ def fixed_point(
     ambient = autocast_dtype(view.device)
     recording = torch.is_grad_enabled()
     unrolling = recording and gradient.through_solver
-
     agreement = current_agreement()
 
     def finish_adjoint(report: SolverReport) -> None:
