@@ -27,13 +27,8 @@ class RunSeed:
 
     @property
     def value(self) -> int:
-        """Of the last run; before the first one, torch's seed when it was first asked for.
-
-        That seed is kept: the steps, which are seeded by it, change torch's own.
-        """
-        if self._of_run is None:
-            self._of_run = torch.initial_seed()
-        return self._of_run
+        """Of the last run; before the first one, torch's seed."""
+        return torch.initial_seed() if self._of_run is None else self._of_run
 
     def begin(self, trainer: pl.Trainer) -> None:
         """A run begins, after all that it goes on from was loaded."""
@@ -54,6 +49,8 @@ class RunSeed:
 
         So dropout masks, probes, and what else a step draws, do not depend on what was drawn before it.
         """
+        if self._of_run is None or self._of_checkpoint is not None:  # a module's own hooks did not let the run begin
+            self.begin(trainer)
         key = ("step", self.value, trainer.current_epoch, batch_index, trainer.global_rank)
         seed = int.from_bytes(hashlib.sha256(repr(key).encode()).digest()[:8], "big") >> 1
         torch.manual_seed(seed)

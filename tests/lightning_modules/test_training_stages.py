@@ -531,3 +531,20 @@ def test_mistakes_are_refused_where_they_are_made(arguments: dict[str, Any], mes
 def test_an_argument_that_does_not_exist() -> None:
     with pytest.raises(TypeError, match="unexpected keyword argument 'jacobain_weight'"):
         small(jacobain_weight=1.0)
+
+
+def test_a_run_has_one_seed_though_a_hook_of_the_user_does_not_call_ours() -> None:
+    """Of which each step's draws follow, the same on all processes; the steps change torch's own seed."""
+    found = []
+
+    class Mine(ImageClassifier):
+        def on_train_start(self) -> None:
+            """Not ours."""
+
+        def on_train_batch_end(self, *args: Any) -> None:
+            found.append(self.run_seed.value)
+
+    module = Mine(model_args={"width": 6})
+    torch.manual_seed(7)
+    train(module)
+    assert found == [7] * 4
