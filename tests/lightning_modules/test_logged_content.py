@@ -258,7 +258,7 @@ def test_all_processes_let_a_language_model_go_on(tmp_path: Path) -> None:
     module.model.deq.on_failure = "ignore"
     train(
         module,
-        loader=texts.texts(batch_size=2).train_dataloader(),
+        loader=list(texts.texts(batch_size=2).train_dataloader()),
         logger=CSVLogger(tmp_path, name="", version="run"),
         strategy="ddp_fork",
         devices=2,
