@@ -256,14 +256,15 @@ def test_all_processes_let_a_language_model_go_on(tmp_path: Path) -> None:
     """Each as often as the others, as its cell may have them wait for each other; the first one writes."""
     module = texts.small(schedule="constant")
     module.model.deq.on_failure = "ignore"
-    train(
-        module,
-        loader=list(texts.texts(batch_size=2).train_dataloader()),
+    run = trainer(
         logger=CSVLogger(tmp_path, name="", version="run"),
         strategy="ddp_fork",
         devices=2,
         limit_train_batches=2,
+        num_sanity_val_steps=0,
+        log_every_n_steps=1,
     )
+    run.fit(module, datamodule=texts.texts(batch_size=2))
     assert "run/samples/val_samples_000002.txt" in shown(tmp_path)
 
 
