@@ -67,6 +67,8 @@ def test_killed_at_random_moments(workers: int, tmp_path: Path, monkeypatch: pyt
     is_the_same(resumed, whole)
 
 
+# True, and by chance: it falls after the last step of an epoch and before its validation, which is not repeated.
+@pytest.mark.filterwarnings("ignore:.*could not find the monitored key in the returned metrics:UserWarning")
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_of_two_processes_is_killed(rank: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     process = start(sys.executable, CLI, *FIT, *TWO, *CONSTANT, "--trainer.max_epochs", "100000")
