@@ -55,7 +55,7 @@ def make_optimizer(
         ) from error
     eps = optimizer.defaults.get("eps")
     for dtype in {p.dtype for p in parameters}:
-        if isinstance(eps, float) and eps > 0 and not torch.tensor(eps, dtype=dtype):
+        if isinstance(eps, float) and eps > 0 and not torch.tensor(eps, dtype=dtype, device="cpu"):
             raise ValueError(
                 f"optimizer {name} divides by sqrt(v) + eps, and eps={eps} is 0 in {dtype}, that of the weights: give "
                 "it one from 1e-7 on (--model.optimizer_args.eps 1e-4), or take --trainer.precision bf16-true"
