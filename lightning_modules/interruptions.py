@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.callbacks import Callback, WeightAveraging
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from torch.utils.hooks import RemovableHandle
@@ -48,14 +48,18 @@ class InterruptCheckpoint(Callback):
 
     def __init__(self) -> None:
         self._step: int | None = None
+        self._batch = 0
         self._behind = 0
         self.within_update = False
         self._hooks: list[RemovableHandle] = []
+        self._averages: list[_Swapped] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Whatever the run goes on from was loaded."""
-        self._step, self._behind, self.within_update = trainer.global_step, 0, False
+        self._step, self._batch, self._behind, self.within_update = trainer.global_step, _processed(trainer), 0, False
         self._hooks = [optimizer.register_step_post_hook(self._updated) for optimizer in trainer.optimizers]
+        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
+        self._averages = [_Swapped(self, each) for each in callbacks if isinstance(each, WeightAveraging)]
 
     def on_before_optimizer_step(self, *args: Any) -> None:
         """From here on parameters may be those of one step or of the next."""
@@ -64,8 +68,7 @@ class InterruptCheckpoint(Callback):
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Count the batches whose gradients are accumulated, which no checkpoint has."""
         self.within_update = False
-        self._behind = self._behind + 1 if trainer.global_step == self._step else 0
-        self._step = trainer.global_step
+        self._count(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing is left to save."""
@@ -74,6 +77,8 @@ class InterruptCheckpoint(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write ``interrupted.ckpt`` beside the other checkpoints, if a step was made."""
         began = self._step is not None
+        self._count(trainer)  # what failed may have been another callback, before the turn of this one
+        averages = self._averages
         self._end()
         if trainer.state.fn != "fit" or not began or trainer.global_step == 0:
             return
@@ -85,6 +90,8 @@ class InterruptCheckpoint(Callback):
             return
         path = interrupted_path(trainer)
         try:
+            for each in averages:
+                each.put_back(pl_module)
             saved = self._save(trainer, path)
         except Exception as failure:  # noqa: BLE001 - whatever it is, it must not hide what came first
             rank_zero_warn(f"{name} Its state could not be saved: {failure}")
@@ -103,6 +110,13 @@ class InterruptCheckpoint(Callback):
         if trainer.interrupted:
             _begin_validation_again(checkpoint) if trainer.validating else self._begin_step_again(checkpoint)
 
+    def _count(self, trainer: pl.Trainer) -> None:
+        """Once for each batch."""
+        before, self._batch = self._batch, _processed(trainer)
+        if self._batch != before:
+            self._behind = self._behind + 1 if trainer.global_step == self._step else 0
+            self._step = trainer.global_step
+
     def _updated(self, *args: Any) -> None:
         self.within_update = False
 
@@ -110,7 +124,9 @@ class InterruptCheckpoint(Callback):
         self._step = None
         for hook in self._hooks:
             hook.remove()
-        self._hooks = []
+        for each in self._averages:
+            each.look_no_longer()
+        self._hooks, self._averages = [], []
 
     def _save(self, trainer: pl.Trainer, path: Path) -> bool:
         """Without the other processes, if there are some."""
@@ -127,7 +143,16 @@ class InterruptCheckpoint(Callback):
 
     def _begin_step_again(self, checkpoint: dict[str, Any]) -> None:
         """Let the count of batches be that at the end of the last step."""
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        loops = checkpoint["loops"]["fit_loop"]
+        progress = loops["epoch_loop.batch_progress"]
+        epochs = loops["epoch_progress"]
+        if epochs["total"]["ready"] > epochs["total"]["started"]:
+            # The next one was about to begin: it does, and has no batches yet, where those of the one before are still.
+            for count in (epochs["total"], epochs["current"]):
+                count["ready"] = count["completed"]
+            progress["current"].update(ready=0, started=0, processed=0, completed=0)
+            progress["is_last_batch"] = False
+            return
         if progress["total"]["processed"] == progress["total"]["ready"] and self._behind == 0:
             return  # it ended, and only hooks were left
         ended = progress["current"]["processed"] - self._behind
@@ -136,6 +161,36 @@ class InterruptCheckpoint(Callback):
             done = count["completed"] - before
             count.update(ready=done, started=done, processed=done, completed=done)
         progress["is_last_batch"] = False
+
+
+class _Swapped:
+    """Sees whether the averages of the weights are where the weights belong, as they are while validating."""
+
+    def __init__(self, keeper: InterruptCheckpoint, averaging: WeightAveraging) -> None:
+        self._averaging, self._are = averaging, False
+        swap = averaging._swap_models  # noqa: SLF001 - there is no other way to know
+
+        def watched(pl_module: pl.LightningModule) -> None:
+            keeper.within_update = True
+            swap(pl_module)
+            self._are = not self._are
+            keeper.within_update = False
+
+        averaging._swap_models = watched  # type: ignore[method-assign]  # noqa: SLF001
+
+    def put_back(self, pl_module: pl.LightningModule) -> None:
+        """Let each be in its place again."""
+        if self._are:
+            self._averaging._swap_models(pl_module)  # noqa: SLF001
+
+    def look_no_longer(self) -> None:
+        """Leave the callback as it was."""
+        del self._averaging._swap_models  # noqa: SLF001
+
+
+def _processed(trainer: pl.Trainer) -> int:
+    """Batches of the run whose step, or part of a step, was made."""
+    return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined,no-any-return]
 
 
 def _begin_validation_again(checkpoint: dict[str, Any]) -> None:
