@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -74,7 +74,10 @@ class ContinuedRun(Callback):
 
 
 class ContinuedMetrics(ExperimentWriter):
-    """Writes on in the ``metrics.csv`` that is there."""
+    """Writes on in the ``metrics.csv`` that is there; one that is killed or interrupted leaves whole rows behind.
+
+    Lightning's empties the file to write it anew whenever something is logged that has no column yet.
+    """
 
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
@@ -89,15 +92,24 @@ class ContinuedMetrics(ExperimentWriter):
         kept = [line for line in lines if len(line) == len(header) and int(line[header.index("step")]) < step]
         self._replace([header, *kept])
 
+    def save(self) -> None:
+        """Write what was logged since the last time."""
+        if not self.metrics:
+            return
+        self._record_new_keys()
+        lines = self._lines()
+        header = next(lines, [])
+        rows = [[metrics.get(name, "") for name in self.metrics_keys] for metrics in self.metrics]
+        if header == self.metrics_keys:
+            self._append(rows)
+        else:
+            before = (dict(zip(header, line, strict=True)) for line in lines)
+            moved = [[row.get(name, "") for name in self.metrics_keys] for row in before]
+            self._replace([self.metrics_keys, *moved, *rows])
+        self.metrics = []
+
     def _check_log_dir_exists(self) -> None:
         """Lightning's removes the file."""
-
-    def _rewrite_with_new_header(self, fieldnames: list[str]) -> None:
-        """As Lightning's; but a kill leaves the old file or the new one."""
-        lines = self._lines()
-        header = next(lines)
-        rows = (dict(zip(header, line, strict=True)) for line in lines)
-        self._replace([fieldnames, *([row.get(name, "") for name in fieldnames] for row in rows)])
 
     def _lines(self) -> Iterator[list[str]]:
         """The whole ones of the file, the header first."""
@@ -105,7 +117,11 @@ class ContinuedMetrics(ExperimentWriter):
         text = path.read_bytes().decode("utf-8", errors="replace") if path.is_file() else ""
         yield from csv.reader(io.StringIO(text[: text.rfind("\n") + 1], newline=""))
 
-    def _replace(self, lines: list[list[str]]) -> None:
+    def _append(self, lines: Iterable[list[Any]]) -> None:
+        with Path(self.metrics_file_path).open("a", newline="", encoding="utf-8") as file:
+            csv.writer(file).writerows(lines)
+
+    def _replace(self, lines: Iterable[list[Any]]) -> None:
         text = io.StringIO(newline="")
         csv.writer(text).writerows(lines)
         with replacing(Path(self.metrics_file_path)) as file:

@@ -1,15 +1,25 @@
-"""Of several processes none is left behind when another one fails."""
+"""Of several processes none is left behind when another one fails or is killed."""
 
 from __future__ import annotations
 
+import os
 import subprocess
+import sys
+import threading
 import time
 
 import pytorch_lightning as pl
+from lightning_fabric.plugins.environments.torchelastic import TorchElasticEnvironment
 from pytorch_lightning.callbacks import Callback
 
 PATIENCE = 10.0
 """Seconds in which the others may end by themselves, and say why."""
+
+LAUNCHER = "DEQ_ZOO_LAUNCHER"
+"""The variable of the environment that tells processes which one started them."""
+
+_needless = threading.Event()
+"""What the launcher does no longer matters to this process."""
 
 
 class EndTogether(Callback):
@@ -18,6 +28,10 @@ class EndTogether(Callback):
     The other way round Lightning does it: when one of those fails, this one is killed. Other launchers, as torchrun and
     SLURM, do it both ways.
     """
+
+    def on_predict_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """From here on each works by itself, and the first one may have finished before the others."""
+        _needless.set()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Wait a little, then kill."""
@@ -29,3 +43,24 @@ class EndTogether(Callback):
                 process.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def end_with_the_launcher() -> None:
+    """Let a process that the strategy ``ddp`` starts from this one end when this one is killed; call it in both.
+
+    It would wait half an hour for a first process that was killed before they met; on GPUs for one that was killed
+    later, too.
+    """
+    is_started = int(os.environ.get("LOCAL_RANK", "0")) > 0 and not TorchElasticEnvironment.detect()
+    if is_started and LAUNCHER in os.environ:
+        threading.Thread(target=_watch, args=(int(os.environ[LAUNCHER]),), daemon=True).start()
+    else:
+        os.environ[LAUNCHER] = str(os.getpid())
+
+
+def _watch(launcher: int) -> None:
+    while os.getppid() == launcher:
+        time.sleep(1.0)
+    if not _needless.is_set():
+        print(f"process {os.getpid()} ends: {launcher}, which started it, is gone", file=sys.stderr, flush=True)
+        os._exit(1)

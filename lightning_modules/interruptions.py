@@ -163,6 +163,26 @@ class InterruptCheckpoint(Callback):
         progress["is_last_batch"] = False
 
 
+class ValidateFirst(Callback):
+    """Lets a checkpoint that is written at a step after which validation comes go on with that validation.
+
+    Lightning 2.6 goes on with the step after it: what was validated there is never known, nor whether it was the best.
+    """
+
+    def on_save_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Count the step as done, and validation as begun."""
+        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
+        current = progress["current"]
+        is_at_end_of_step = current["ready"] == current["processed"] == current["completed"] + 1
+        loop, data = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher  # noqa: SLF001
+        if is_at_end_of_step and data is not None and loop._should_check_val_fx(data):  # noqa: SLF001
+            for count in (progress["total"], current):
+                count["completed"] = count["processed"]
+            _begin_validation_again(checkpoint)
+
+
 class _Swapped:
     """Sees whether the averages of the weights are where the weights belong, as they are while validating."""
 

@@ -7,6 +7,7 @@ from pytorch_lightning.callbacks import Callback
 
 from .compiled_cells import CompileCells
 from .ending_together import EndTogether
+from .interruptions import ValidateFirst
 from .out_of_memory import MemoryAdvice
 from .run_folder import OneFolder
 from .safe_checkpoints import SaveSafely
@@ -23,6 +24,7 @@ STANDARD: tuple[type[Callback], ...] = (
     SkippedSteps,
     StopOnSignal,
     EndTogether,
+    ValidateFirst,
     MemoryAdvice,
     LearningRate,
     Throughput,

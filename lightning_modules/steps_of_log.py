@@ -6,8 +6,11 @@ from typing import Any
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback
+from pytorch_lightning.loggers import CSVLogger
+from pytorch_lightning.loggers.csv_logs import ExperimentWriter
 
 from .checkpoints import CheckpointError
+from .continued_runs import ContinuedMetrics
 
 
 class StepsOfLog(Callback):
@@ -23,6 +26,14 @@ class StepsOfLog(Callback):
     def __init__(self) -> None:
         self._is_new = False
         self._is_behind = False
+
+    def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        """Let a ``metrics.csv`` be written so that a kill leaves it whole."""
+        for logger in trainer.loggers:
+            if type(logger) is CSVLogger and trainer.is_global_zero and type(logger.experiment) is ExperimentWriter:
+                started = bool(logger.experiment.metrics or logger.experiment.metrics_keys)
+                if not started:
+                    logger._experiment = ContinuedMetrics(logger.log_dir)  # noqa: SLF001
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first batch comes."""

@@ -11,10 +11,12 @@ import time
 import traceback
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytorch_lightning as pl
 
+from lightning_modules import ImageClassifier
 from tests.command_line import DIGITS, ROOT, TINY
 
 CLI = str(ROOT / "cli.py")
@@ -99,7 +101,19 @@ def _last_words(process: subprocess.Popen[str]) -> str:
 
 
 def children_of(process: int) -> list[int]:
+    """The processes of the command line that this one of them started."""
+    return [child for child in _children(process) if CLI.encode() in _command_line(child)]
+
+
+def _children(process: int) -> list[int]:
     return [int(word) for word in Path(f"/proc/{process}/task/{process}/children").read_text().split()]
+
+
+def _command_line(process: int) -> bytes:
+    try:
+        return Path(f"/proc/{process}/cmdline").read_bytes()
+    except (FileNotFoundError, ProcessLookupError):  # it has ended
+        return b""
 
 
 def free_port() -> str:
@@ -125,29 +139,60 @@ class FailOnRank(pl.Callback):
             raise ValueError("something is wrong here")
 
 
-def killed_after(seconds: float, run: Callable[[], Any], output: Path, until: Callable[[], Any] = lambda: True) -> bool:
-    """Run this in a copy of this process, and kill it so long after ``until``; whether it had not ended by then.
+def killed_at(call: int, run: Callable[[], Any], output: Path) -> int:
+    """Run this in a copy of this process, which kills itself at so many calls of a function from the first
+    training step on.
+
+    Returns:
+        how many calls there were; fewer than ``call`` if it had ended before.
 
     Raises:
-        AssertionError: it failed by itself. It says so, with all that it wrote, which is in ``output``.
+        AssertionError: it failed by itself, or hung. It says so, with all that it wrote, which is in ``output``.
     """
+    counted, count = os.pipe()
     process = os.fork()
     if process == 0:
-        _run(run, output)
+        _run(lambda: _counted(run, call, count), output)
+    os.close(count)
     status: int | None = None
     deadline = time.monotonic() + PATIENCE
     try:
-        while (status := _ended(process)) is None and not until():
+        while (status := _ended(process)) is None:
             assert time.monotonic() < deadline, output.read_text(encoding="utf-8")
-            time.sleep(0.005)
-        if status is None:
-            time.sleep(seconds)
+            time.sleep(0.01)
     finally:
         if status is None:
             os.kill(process, signal.SIGKILL)
-            status = os.waitstatus_to_exitcode(os.waitpid(process, 0)[1])
+            os.waitpid(process, 0)
+        with os.fdopen(counted) as file:
+            calls = file.read()
     assert status in (0, -signal.SIGKILL), output.read_text(encoding="utf-8")
-    return status != 0
+    return call if status else int(calls)
+
+
+def _counted(run: Callable[[], Any], last: int, result: int) -> None:
+    """In the copy. What is written in C can be cut off at its beginning and at its end only."""
+    calls, process = 0, os.getpid()
+
+    def count(frame: FrameType, event: str, argument: object) -> None:
+        nonlocal calls
+        if os.getpid() != process:  # a loader's worker
+            sys.setprofile(None)
+        elif event in ("call", "c_call", "c_return"):
+            calls += 1
+            if calls == last:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    step = ImageClassifier.training_step
+
+    def counted(*args: Any, **kwargs: Any) -> Any:
+        sys.setprofile(count)
+        return step(*args, **kwargs)
+
+    ImageClassifier.training_step = counted  # type: ignore[method-assign]
+    run()
+    sys.setprofile(None)
+    os.write(result, str(calls).encode())
 
 
 def _run(run: Callable[[], Any], output: Path) -> None:

@@ -44,8 +44,6 @@ def go_on(command: list[str], epochs: int) -> Fitted:
     return fit(*command[1:], "--trainer.max_epochs", str(epochs), "--test_after_fit", "false")
 
 
-# True, and by chance: it falls after the last step of an epoch and before its validation, which is not repeated.
-@pytest.mark.filterwarnings("ignore:.*could not find the monitored key in the returned metrics:UserWarning")
 def test_control_c() -> None:
     process = subprocess.Popen(
         [sys.executable, str(ROOT / "cli.py"), "fit", "-c", DIGITS, *TINY, "--trainer.max_epochs", "100000"],

@@ -27,13 +27,14 @@ LONG = (*TINY, "--trainer.max_epochs", "3")
 
 
 class StopAt(pl.Callback):
-    """Somebody's Ctrl-C, at the beginning of this step."""
+    """Somebody's Ctrl-C, while this hook runs at this step."""
 
-    def __init__(self, step: int) -> None:
+    def __init__(self, step: int, hook: str = "on_train_batch_start") -> None:
         self.step = step
+        setattr(self, hook, self._stop)
 
-    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
-        if trainer.global_step == self.step:
+    def _stop(self, trainer: pl.Trainer, *args: Any) -> None:
+        if trainer.global_step == self.step and not trainer.sanity_checking:
             raise KeyboardInterrupt
 
 
@@ -52,19 +53,20 @@ def with_callback(callback: pl.Callback) -> Iterator[None]:
         yield
 
 
-def stopped_at(step: int, *args: str) -> None:
-    """A run that is interrupted before this step ends."""
-    with with_callback(StopAt(step)), pytest.raises(SystemExit):
+def stopped_at(step: int, *args: str, hook: str = "on_train_batch_start") -> None:
+    """A run that is interrupted while this hook runs at this step."""
+    with with_callback(StopAt(step, hook)), pytest.raises(SystemExit):
         fit("-c", DIGITS, *LONG, *args)
 
 
 def log(folder: Path) -> list[dict[str, str]]:
     """What is logged, but for the time that it took and the means over a part of an epoch."""
     left_out = ("samples_per_second", "evaluations_per_second", "train/accuracy", "per_s", "time")
-    return [
+    found = [
         {key: value for key, value in row.items() if value and not any(word in key for word in left_out)}
         for row in rows(folder / "metrics.csv")
     ]
+    return [row for row in found if row.keys() > {"epoch", "step"}]
 
 
 def told(messages: list[str]) -> list[str]:
@@ -98,9 +100,15 @@ def test_a_finished_run_is_trained_longer() -> None:
     assert (config["resume"], config["ckpt_path"], config["trainer"]["logger"]["init_args"]["version"]) == (None,) * 3
 
 
-@pytest.mark.parametrize("step", [1, 2, 3, 5])
-def test_it_is_as_if_it_had_never_stopped(step: int, never_stopped: Fitted) -> None:
-    stopped_at(step, *AUTO)
+@pytest.mark.parametrize(
+    ("step", "hook"),
+    [
+        *((step, "on_train_batch_start") for step in (1, 2, 3, 5)),
+        *((4, hook) for hook in ("on_validation_start", "on_validation_batch_end", "on_validation_epoch_end")),
+    ],
+)
+def test_it_is_as_if_it_had_never_stopped(step: int, hook: str, never_stopped: Fitted) -> None:
+    stopped_at(step, *AUTO, hook=hook)
     assert (RUNS / "version_0" / "checkpoints" / "interrupted.ckpt").is_file()
     resumed = fit("-c", DIGITS, *LONG, *AUTO)
     assert resumed.folder == Path.cwd() / RUNS / "version_0"
@@ -111,6 +119,39 @@ def test_it_is_as_if_it_had_never_stopped(step: int, never_stopped: Fitted) -> N
     assert metrics(resumed.cli)["test/accuracy"] == metrics(never_stopped.cli)["test/accuracy"]
     best = resumed.cli.trainer.checkpoint_callback.best_model_score
     assert best == never_stopped.cli.trainer.checkpoint_callback.best_model_score
+
+
+def test_a_step_that_ends_an_epoch_is_validated(never_stopped: Fitted) -> None:
+    """Stopped after the last step of an epoch, and before its validation."""
+    stopped_at(4, *AUTO, hook="on_train_batch_end")
+    resumed = fit("-c", DIGITS, *LONG, *AUTO)
+    first, second = (torch.load(run.last, weights_only=True) for run in (never_stopped, resumed))
+    for part in ("state_dict", "optimizer_states", "lr_schedulers", "epoch", "global_step"):
+        assert same(first[part], second[part]), part
+    validated = [[row for row in log(run.folder) if "val/loss" in row] for run in (never_stopped, resumed)]
+    assert validated[0] == validated[1]
+    assert len(validated[0]) == 3
+
+
+def test_an_interrupted_write_of_the_log_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where a new column comes, the file is written anew."""
+    log = ContinuedMetrics(str(tmp_path))
+    log.log_metrics({"a": 1.0}, 0)
+    log.save()
+    log.log_metrics({"b": 2.5}, 1)
+
+    def interrupt(*paths: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "replace", interrupt)
+        with pytest.raises(KeyboardInterrupt):
+            log.save()
+    assert (tmp_path / "metrics.csv").read_bytes() == b"a,step\r\n1.0,0\r\n"
+    log.save()
+    log.log_metrics({"a": 3.0}, 2)
+    log.save()
+    assert (tmp_path / "metrics.csv").read_bytes() == b"a,b,step\r\n1.0,,0\r\n,2.5,1\r\n3.0,,2\r\n"
 
 
 def test_the_last_checkpoint_is_the_last_though_it_is_not_the_best() -> None:

@@ -107,6 +107,7 @@ def test_averages_that_are_used_again(tmp_path: Path) -> None:
         module, data = tanh()
         quiet = dict.fromkeys(("logger", "enable_progress_bar", "enable_model_summary"), False)
         few = {"limit_train_batches": 1, "limit_val_batches": 1, "max_epochs": 1, "accelerator": "cpu"}
+        few["enable_checkpointing"] = False
         pl.Trainer(callbacks=[InterruptCheckpoint(), averages], default_root_dir=tmp_path, **quiet, **few).fit(
             module, datamodule=data
         )
