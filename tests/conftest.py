@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -26,6 +27,12 @@ FILTERS = [
 def pytest_configure(config: pytest.Config) -> None:
     for line in FILTERS:
         config.addinivalue_line("filterwarnings", line)
+
+
+@pytest.fixture(autouse=True)
+def _no_seed_of_another_test() -> None:
+    """Lightning keeps the seed of the command line in this variable, and seeds each process of DDP with it."""
+    os.environ.pop("PL_GLOBAL_SEED", None)
 
 
 @pytest.fixture(scope="session")
