@@ -39,14 +39,23 @@ class Resumed:
         return int(self.checkpoint["step"])
 
     def of_the_same_run(self, fit: Namespace) -> Namespace:
-        """The configuration of ``fit`` with the logger's folder that of the run."""
+        """The configuration of ``fit`` with the loggers' folders those of the run."""
         fit = fit.clone()
-        logger = _first_logger(fit.trainer.logger)
-        if logger is not None and self.version is not None:
-            logger.init_args.version = self.version
-            if _kind(logger) == "TensorBoardLogger":
-                logger.dict_kwargs = {**logger.get("dict_kwargs", {}), "purge_step": self.step}
+        if _first_logger(fit.trainer.logger) is None:
+            return fit
+        for n, logger in enumerate(_list(fit.trainer.logger)):
+            version = self.version if n == 0 else self._version_of(n, _kind(logger))
+            if version is not None:
+                logger.init_args.version = version
+                if _kind(logger) == "TensorBoardLogger":
+                    logger.dict_kwargs = {**logger.get("dict_kwargs", {}), "purge_step": self.step}
         return fit
+
+    def _version_of(self, n: int, kind: str) -> int | str | None:
+        """Of a further logger, if the run had one of this kind in this place."""
+        loggers = self.checkpoint["loggers"]
+        theirs, version = loggers[n] if n < len(loggers) else (None, None)
+        return version if theirs == kind else None
 
 
 def wanted(fit: Namespace) -> bool:

@@ -174,6 +174,8 @@ class ZooCLI(LightningCLI):
             "--resume",
             type=str | None,
             default=None,
+            nargs="?",
+            const="auto",
             help="fit --resume auto: go on with the run of this name, in its folder, from its last good checkpoint; "
             "start it if there is none.",
         )

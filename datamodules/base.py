@@ -9,10 +9,11 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from pytorch_lightning import LightningDataModule
+from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from .processes import EvaluationSampler, place_in_training, processes_of
+from .processes import EvaluationSampler, Place, place_in_training, processes_of
 from .training_loader import TrainingLoader, TrainingSampler
 
 Sample = tuple[Tensor, Tensor]
@@ -52,6 +53,7 @@ class SplitDataModule(LightningDataModule, ABC, Generic[D]):
         self.num_workers = whole_number("num_workers", num_workers, at_least=0)
         self._run_seed: int | None = None
         self._sampler: TrainingSampler | None = None
+        self._joint_batch_before: int | None = None
 
     @property
     def eval_batch_size(self) -> int:
@@ -71,15 +73,15 @@ class SplitDataModule(LightningDataModule, ABC, Generic[D]):
         """Read the set now, so that a broken file is found before the first epoch; a fit is a new run."""
         _ = self.splits
         if stage == "fit":
-            self._run_seed = self._sampler = None
+            self._run_seed = self._sampler = self._joint_batch_before = None
 
     def state_dict(self) -> dict[str, Any]:
-        """The run's seed, for checkpoints of a run that has one."""
-        return {} if self._run_seed is None else {"run_seed": self._run_seed}
+        """The run's seed, for checkpoints of a run that has one, and the samples of a batch, in all processes."""
+        return {} if self._run_seed is None else {"run_seed": self._run_seed, "joint_batch": self._joint_batch}
 
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Go on with the run's seed."""
-        self._run_seed = state_dict["run_seed"]
+        self._run_seed, self._joint_batch_before = state_dict["run_seed"], state_dict.get("joint_batch")
         if self._sampler is not None:  # some strategies load checkpoints late
             self._sampler.run_seed = state_dict["run_seed"]
 
@@ -103,11 +105,27 @@ class SplitDataModule(LightningDataModule, ABC, Generic[D]):
             epoch=0 if self._sampler is None else self._sampler.next_epoch,
             processes=processes,
             rank=rank,
-            place=partial(place_in_training, self),
+            place=self._place,
             **self._options,
         )
         self._sampler = loader.sampler
         return loader
+
+    @property
+    def _joint_batch(self) -> int:
+        return self.batch_size * processes_of(self)[0]
+
+    def _place(self, asked: object) -> Place | None:
+        """See :func:`place_in_training`; what cannot be as in the run that is gone on with is said."""
+        place = place_in_training(self, asked)
+        before, now = self._joint_batch_before, self._joint_batch
+        if place is not None and place[1] > 0 and before not in (None, now):
+            rank_zero_warn(
+                f"training goes on within an epoch, after {place[1]} batches that had {before} samples, of all "
+                f"processes together, and have {now} now: of this epoch some samples come twice, or not at all. To go "
+                f"on exactly, let batch_size times the number of processes be {before}"
+            )
+        return place
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """The validation batches of this process; :class:`DataError` as :meth:`train_dataloader`."""

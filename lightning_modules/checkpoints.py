@@ -36,7 +36,8 @@ def read_checkpoint(path: str, typed: str = "") -> dict[str, Any]:
     Returns:
         ``made_by``: the configuration of the ``model`` (and, where known, the ``data``) that made it, as
         ``{"class_path": ..., "init_args": ...}``; ``shapes``: parameter name -> shape; ``path``; ``step`` and
-        ``epoch``; ``resumable``: whether it has all that training goes on from; ``run``: the folder of its run.
+        ``epoch``; ``resumable``: whether it has all that training goes on from; ``run``: the folder of its run;
+        ``loggers``: class and version of each of its loggers.
 
     Raises:
         CheckpointError: see the class.
@@ -87,6 +88,7 @@ def read_checkpoint(path: str, typed: str = "") -> dict[str, Any]:
         "epoch": content.get("epoch"),
         "resumable": {"loops", "optimizer_states", "lr_schedulers", "global_step"} <= content.keys(),
         "run": content.get("deq_zoo_run"),
+        "loggers": content.get("deq_zoo_loggers", []),
     }
 
 

@@ -38,5 +38,6 @@ class OneFolder(Callback):
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
-        """Say whose it is, wherever it is."""
+        """Say whose it is, wherever it is, and where each logger logs, so that all of them can go on there."""
         checkpoint["deq_zoo_run"] = str(run_dir(trainer))
+        checkpoint["deq_zoo_loggers"] = [[type(logger).__name__, logger.version] for logger in trainer.loggers]

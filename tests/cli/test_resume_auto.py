@@ -19,6 +19,7 @@ from pytorch_lightning.demos.boring_classes import BoringModel
 from commands.training import ZooCLI
 from lightning_modules.checkpoints import CheckpointError
 from lightning_modules.continued_runs import ContinuedMetrics, ContinuedRun
+from tests.cli.test_loggers import events
 from tests.command_line import DIGITS, ROOT, TINY, Fitted, fit, metrics, refused, rows, said, same, weights
 
 RUNS = Path("runs", "tanh_deq_digits")
@@ -92,7 +93,7 @@ def test_a_run_starts_and_a_finished_one_is_tested_again() -> None:
 
 def test_a_finished_run_is_trained_longer() -> None:
     fit("-c", DIGITS, *TINY, *AUTO)
-    longer = fit("-c", DIGITS, *TINY, *AUTO, "--trainer.max_epochs", "2")
+    longer = fit("-c", DIGITS, *TINY, "--resume", "--trainer.max_epochs", "2")  # there is no other than auto
     assert longer.folder.name == "version_0"
     assert torch.load(longer.last, weights_only=True)["global_step"] == 4
     config = yaml.safe_load((longer.folder / "config.yaml").read_text())
@@ -298,6 +299,17 @@ def test_tensorboard() -> None:
         == "--resume auto goes on from boards/lightning_logs/version_0/checkpoints/interrupted.ckpt (step 3, epoch 1)"
     )
     assert run.folder.relative_to(Path.cwd()) == Path("boards", "lightning_logs", "version_0")
+
+
+def test_several_loggers_all_go_on() -> None:
+    both = ("-c", str(ROOT / "configs" / "loggers" / "csv_and_tensorboard.yaml"))
+    stopped_at(3, *both, *AUTO)
+    run = fit("-c", DIGITS, *LONG, *both, *AUTO)
+    assert run.folder.relative_to(Path.cwd()) == Path("runs", "deq-zoo", "version_0")
+    board = Path("runs", "tensorboard")
+    assert [folder.name for folder in board.iterdir()] == ["version_0"]
+    losses = events(board / "version_0").Scalars("train/loss")
+    assert [loss.step for loss in losses] == list(range(6))
 
 
 @pytest.mark.usefixtures("wandb_offline")

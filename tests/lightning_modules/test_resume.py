@@ -7,6 +7,7 @@ penalty, its probes. So is all that a step remembers: momentum, averages of the 
 from __future__ import annotations
 
 import random
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -229,6 +230,23 @@ def test_two_processes_go_on_exactly(
     make: Callable[..., Made], batch_size: int, starts: list[str], tmp_path: Path
 ) -> None:
     check(make, tmp_path, starts, devices=2, strategy="ddp_fork", batch_size=batch_size)
+
+
+@pytest.mark.parametrize(("start", "is_told"), [("step-2", True), ("end-4", False)])
+def test_batches_of_another_size_within_an_epoch(start: str, is_told: bool, tmp_path: Path) -> None:
+    """What is left of it cannot be the same; the next epoch is a whole one."""
+    run(tanh, tmp_path / "first", batch_size=10)
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        run(tanh, tmp_path / "second", tmp_path / "first" / f"{start}.ckpt", batch_size=8)
+    told = [str(each.message) for each in caught if "within an epoch" in str(each.message)]
+    assert bool(told) == is_told
+    if is_told:
+        assert told == [
+            "training goes on within an epoch, after 2 batches that had 10 samples, of all processes together, and "
+            "have 8 now: of this epoch some samples come twice, or not at all. To go on exactly, let batch_size times "
+            "the number of processes be 10"
+        ]
 
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:
