@@ -21,15 +21,15 @@ from torch.utils import _pytree as pytree
 import zoo
 from zoo.freezing import frozen_statistics
 from zoo.implicit import DEQ, Gradient, Solver, jacobian_penalty, one_draw, spectral_radius
-from zoo.implicit.solvers.base import is_count
 from zoo.registry import plain
 
 from . import samples
 from .optimizers import Cosine, OneCycle, WarmUp, make_optimizer
+from .options import refuse_out_of_range, require
 from .run_seed import RunSeed, correct_progress
 from .sharding import class_of, refuse_other_strategies
 from .standard_callbacks import standard_callbacks
-from .starting_weights import load_weights
+from .starting_weights import freeze_parts, started
 
 log = logging.getLogger("zoo")
 
@@ -133,68 +133,13 @@ class EquilibriumModule(pl.LightningModule):
     ) -> None:
         given = {name: value for name, value in locals().items() if name not in ("self", "__class__")}
         super().__init__()
-        _require(
-            jacobian_weight >= 0 and 0 <= jacobian_frequency <= 1,
-            "jacobian_weight takes a number >= 0 and jacobian_frequency one in [0, 1]",
-            *(jacobian_weight, jacobian_frequency),
-        )
-        _require(
-            jacobian_growth >= 0 and jacobian_pretrain_weight >= 0,
-            "jacobian_growth and jacobian_pretrain_weight take numbers >= 0",
-            *(jacobian_growth, jacobian_pretrain_weight),
-        )
-        _require(
-            is_count(jacobian_probes, 1) and is_count(jacobian_growth_interval, 1),
-            "jacobian_probes and jacobian_growth_interval take integers >= 1",
-            *(jacobian_probes, jacobian_growth_interval),
-        )
-        _require(
-            jacobian_end_epoch is None or is_count(jacobian_end_epoch, 0),
-            "jacobian_end_epoch takes an integer >= 0, or None",
-            jacobian_end_epoch,
-        )
-        _require(
-            is_count(max_steps_jitter, 0) or _is_range(max_steps_jitter),
-            "max_steps_jitter takes an integer >= 0, or two integers [low, high] with low <= high",
-            max_steps_jitter,
-        )
-        _require(
-            is_count(pretrain_steps, 0) and is_count(pretrain_depth, 1),
-            "pretrain_steps takes an integer >= 0 and pretrain_depth one >= 1",
-            *(pretrain_steps, pretrain_depth),
-        )
-        _require(lr >= 0 and weight_decay >= 0, "lr and weight_decay take numbers >= 0", lr, weight_decay)
-        schedules = ("cosine", "one_cycle", "constant")
-        _require(schedule in schedules, "schedule takes 'cosine', 'one_cycle' or 'constant'", schedule)
-        _require(0 <= min_lr <= lr, "min_lr takes a number from 0 to lr", min_lr, lr)
-        _require(is_count(warmup_steps, 0), "warmup_steps takes an integer >= 0", warmup_steps)
-        _require(
-            schedule != "one_cycle" or (warmup_steps == 0 and min_lr == 0),
-            "schedule='one_cycle' rises and ends by itself, and takes warmup_steps=0 and min_lr=0",
-            *(warmup_steps, min_lr),
-        )
-        _require(0 <= warmup_fraction < 1, "warmup_fraction takes a number in [0, 1)", warmup_fraction)
-        _require(
-            is_count(schedule_margin, 0) and is_count(show_every, 0),
-            "schedule_margin and show_every take integers >= 0",
-            *(schedule_margin, show_every),
-        )
+        refuse_out_of_range(given)
         arguments = dict(model_args or {})
         choices = {"solver": solver, "gradient": gradient}
         arguments.update({key: value for key, value in choices.items() if value is not None})
-        _require(pretrained is None or backbone is None, "give pretrained or backbone, not both", pretrained, backbone)
-        _require(
-            weights_from is None or (pretrained is None and backbone is None),
-            "weights_from has all weights: give it without pretrained and backbone",
-            *(weights_from, pretrained, backbone),
-        )
-        self.model = _make_model(model, pretrained, arguments)
-        if backbone is not None:
-            zoo.load_backbone(self.model, backbone)
-        if weights_from is not None:
-            load_weights(self.model, weights_from)
-        _freeze(self.model, freeze)
-        _require(
+        self.model = started(model, arguments, pretrained, backbone, weights_from)
+        freeze_parts(self.model, freeze)
+        require(
             bool(self.equilibria()) or not any((pretrain_steps, jacobian_weight, jacobian_growth)),
             f"pretrain_steps, jacobian_weight and jacobian_growth take 0 for {model!r}, which has no equilibrium layer",
             *(pretrain_steps, jacobian_weight, jacobian_growth),
@@ -540,29 +485,6 @@ class EquilibriumModule(pl.LightningModule):
         return make_optimizer(self.optimizer, parameters, self.lr, self.weight_decay, self.optimizer_args)
 
 
-def with_own(model_args: Mapping[str, Any] | None, **own: Any) -> dict[str, Any]:
-    """The model's arguments, those among them that are arguments of the module too, like the number of classes.
-
-    Raises:
-        ValueError: one was given twice.
-    """
-    for name in own.keys() & (model_args or {}).keys():
-        raise ValueError(f"{name} is an argument of its own, beside model_args, and not one of them")
-    return {**(model_args or {}), **own}
-
-
-def _require(holds: bool, expected: str, *given: Any) -> None:
-    if not holds:
-        raise ValueError(f"{expected}; given: {' and '.join(map(repr, given))}")
-
-
-def _is_range(value: object) -> bool:
-    """Whether it is ``[low, high]``, two integers."""
-    if not (isinstance(value, list | tuple) and len(value) == 2 and all(type(item) is int for item in value)):
-        return False
-    return bool(value[0] <= value[1])
-
-
 def _first_rows(z: Any, inputs: tuple[Any, ...]) -> tuple[Any, tuple[Any, ...]]:
     """The first samples of a state and of the inputs that go with it."""
     found: tuple[Any, tuple[Any, ...]] = pytree.tree_map_only(Tensor, lambda x: x[:OBSERVED], (z, inputs))
@@ -575,26 +497,3 @@ def _class_path(thing: object) -> str:
     package = cls.__module__.partition(".")[0]
     public = getattr(sys.modules[package], cls.__name__, None) is cls
     return f"{package if public else cls.__module__}.{cls.__qualname__}"
-
-
-def _freeze(model: nn.Module, patterns: list[str] | None) -> None:
-    if not patterns:
-        return
-    _require(not isinstance(patterns, str), "freeze takes a list of patterns, like ['stem.*']", patterns)
-    zoo.freeze(model, *patterns)
-    _require(
-        any(parameter.requires_grad for parameter in model.parameters()),
-        "freeze has to leave a part of the model to train, like its head",
-        patterns,
-    )
-
-
-def _make_model(model: str, pretrained: str | None, arguments: dict[str, Any]) -> nn.Module:
-    if pretrained is None:
-        return zoo.create_model(model, **arguments)
-    found = zoo.load_pretrained(pretrained, **arguments)
-    if (theirs := zoo.spec_of(found).model) != model:
-        raise ValueError(
-            f"pretrained={pretrained!r} are weights of model {theirs!r}, but model={model!r} was asked for"
-        )
-    return found.train()

@@ -11,7 +11,8 @@ from torchmetrics.classification import MulticlassAccuracy
 
 from zoo import InputError
 
-from .base import EquilibriumModule, with_own
+from .base import EquilibriumModule
+from .options import with_own
 from .samples import class_names, classified, show
 from .targets import check_targets
 

@@ -20,7 +20,8 @@ import zoo.language
 from zoo.implicit.solvers.base import is_count
 from zoo.vocabulary import IGNORED
 
-from .base import EquilibriumModule, with_own
+from .base import EquilibriumModule
+from .options import with_own
 from .samples import continued, show, undisturbed
 from .targets import check_targets
 

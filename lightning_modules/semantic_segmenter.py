@@ -14,7 +14,8 @@ from torchmetrics.classification import MulticlassAccuracy, MulticlassJaccardInd
 
 from zoo import InputError
 
-from .base import EquilibriumModule, with_own
+from .base import EquilibriumModule
+from .options import with_own
 from .samples import class_names, segmented, show
 from .targets import check_targets
 

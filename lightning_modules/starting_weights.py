@@ -18,10 +18,36 @@ from zoo.weight_files import read_weights
 from zoo.weights import is_source
 
 from .checkpoints import CheckpointError
+from .options import require
 
 log = logging.getLogger("zoo")
 
 _ALWAYS_FREE = ("solver", "gradient")
+
+
+def started(
+    model: str, arguments: dict[str, Any], pretrained: str | None, backbone: str | None, weights_from: str | None
+) -> nn.Module:
+    """The model with the weights that a run starts from; see :class:`EquilibriumModule`."""
+    made = _make_model(model, pretrained, arguments)
+    if backbone is not None:
+        zoo.load_backbone(made, backbone)
+    if weights_from is not None:
+        load_weights(made, weights_from)
+    return made
+
+
+def freeze_parts(model: nn.Module, patterns: list[str] | None) -> None:
+    """Leave these parts out of training, and ValueError if nothing is left."""
+    if not patterns:
+        return
+    require(not isinstance(patterns, str), "freeze takes a list of patterns, like ['stem.*']", patterns)
+    zoo.freeze(model, *patterns)
+    require(
+        any(parameter.requires_grad for parameter in model.parameters()),
+        "freeze has to leave a part of the model to train, like its head",
+        patterns,
+    )
 
 
 def load_weights(model: nn.Module, path: str) -> None:
@@ -88,3 +114,14 @@ def _arguments(spec: zoo.ModelSpec) -> dict[str, Any]:
 
 def _as_lists(value: Any) -> Any:
     return list(value) if isinstance(value, tuple) else value
+
+
+def _make_model(model: str, pretrained: str | None, arguments: dict[str, Any]) -> nn.Module:
+    if pretrained is None:
+        return zoo.create_model(model, **arguments)
+    found = zoo.load_pretrained(pretrained, **arguments)
+    if (theirs := zoo.spec_of(found).model) != model:
+        raise ValueError(
+            f"pretrained={pretrained!r} are weights of model {theirs!r}, but model={model!r} was asked for"
+        )
+    return found.train()
