@@ -105,14 +105,23 @@ FAMILIES: dict[Make, tuple[Callable[[int], pl.LightningDataModule], float]] = {
 """Of each its data, so many batches of them, and the learning rate of SGD."""
 
 
-def made(make: Make, solver: Solver = SHORT, gradient: Gradient | None = None, **options: Any) -> EquilibriumModule:
-    """The same module each time, trained by SGD: Adam divides by |g|, and makes a step of a rounding error."""
+def made(
+    make: Make, solver: Solver = SHORT, gradient: Gradient | None = None, shrink: float = 1.0, **options: Any
+) -> EquilibriumModule:
+    """The same module each time, trained by SGD: Adam divides by |g|, and makes a step of a rounding error.
+
+    Args:
+        shrink: a factor of all weights of the cell; with a small one solves may converge.
+    """
     with torch.random.fork_rng():
         torch.manual_seed(0)
         gradient = GRADIENT if gradient is None else gradient
         module = make(solver, gradient, **{"schedule": "constant", **options}).double()
     for deq in module.equilibria().values():
         deq.on_failure = "ignore"
+        with torch.no_grad():
+            for parameter in deq.cell.parameters():
+                parameter.mul_(shrink)
     parameters = [p for p in module.parameters() if p.requires_grad]
     lr = FAMILIES[make][1]
     module.configure_optimizers = lambda: torch.optim.SGD(parameters, lr=lr)  # type: ignore[method-assign]

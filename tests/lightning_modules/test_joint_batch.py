@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import pytest
 import pytorch_lightning as pl
@@ -12,6 +12,7 @@ import torch
 from pytorch_lightning.callbacks import EMAWeightAveraging
 from torch import Tensor
 
+from lightning_modules import EquilibriumModule
 from tests.command_line import same
 from tests.lightning_modules import joint
 from tests.lightning_modules.joint import STEPS, TOL
@@ -70,8 +71,8 @@ def check(make: joint.Make, folder: Path, **arguments: Any) -> dict[str, Tensor]
     (one,) = trained(make, 1, folder / "one", **arguments)
     first, second = trained(make, 2, folder / "two", **arguments)
     assert same(first, second)
-    freeze = {name: value for name, value in arguments.items() if name == "freeze"}
-    joint.assert_close(first, one, joint.made(make, **freeze))
+    start = {name: value for name, value in arguments.items() if name in ("freeze", "shrink")}
+    joint.assert_close(first, one, joint.made(make, **start))
     return one
 
 
@@ -85,6 +86,23 @@ def check(make: joint.Make, folder: Path, **arguments: Any) -> dict[str, Tensor]
 def test_every_family_and_every_gradient(make: joint.Make, gradient: str, tmp_path: Path) -> None:
     many = make is joint.tanh or gradient == "anderson"  # they take their time
     check(make, tmp_path, batches=20 if many else 6, gradient=GRADIENTS[gradient])
+
+
+class Converges(pl.Callback):
+    """Each solve of training, forward and adjoint, comes to its end."""
+
+    def on_train_batch_end(self, trainer: pl.Trainer, module: pl.LightningModule, *args: Any) -> None:
+        for deq in cast(EquilibriumModule, module).equilibria().values():
+            for report in (deq.report, deq.adjoint_report):
+                assert report is not None
+                assert report.converged.all()
+
+
+@pytest.mark.parametrize(("make", "shrink"), [(joint.tanh, 1.0), (joint.transformer, 0.3)])
+def test_solves_that_converge(make: joint.Make, shrink: float, tmp_path: Path) -> None:
+    """As many steps as it takes, which are not the same in the two processes."""
+    solver = Anderson(tol=1e-12, max_steps=200)
+    check(make, tmp_path, callback=Converges, solver=solver, gradient=ImplicitGradient(solver), shrink=shrink)
 
 
 def test_with_the_jacobian_penalty(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
