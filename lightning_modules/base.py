@@ -265,6 +265,15 @@ class EquilibriumModule(pl.LightningModule):
             return weight
         return cast(Tensor, self.trainer.strategy.reduce(weight.detach().clone(), reduce_op="mean"))
 
+    def on_step_begin(self) -> None:
+        """Called before the first batch of a training step; remember what :meth:`on_step_undone` takes."""
+
+    def on_step_undone(self) -> None:
+        """Called where training is interrupted within a step, which will be made again: be as before it.
+
+        Parameters and buffers are; what a module keeps besides, like a memory, is its own matter.
+        """
+
     def on_step_skipped(self) -> None:
         """Called after a training step that does not count, see :class:`SkippedSteps`; the model is as before it."""
 

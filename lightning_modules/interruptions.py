@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, WeightAveraging
 from pytorch_lightning.strategies import DDPStrategy, SingleDeviceStrategy
 from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
-from torch.utils.hooks import RemovableHandle
 
 from .checkpoints import CheckpointError
 from .run_folder import run_dir
+from .skipped_steps import SkippedSteps
+
+T = TypeVar("T", bound=Callback)
 
 
 class StoppedBySignal(SystemExit):
@@ -39,8 +41,9 @@ def how_to_go_on(trainer: pl.Trainer, path: Path) -> str:
 class InterruptCheckpoint(Callback):
     """Writes a checkpoint when training is interrupted or fails, and says where it is and how to go on.
 
-    What was done of a step that did not end does not count: the run goes on as from the end of the step before. So it
-    does where validation was interrupted, which is then made again from its beginning.
+    What was done of a step that did not end does not count, nor what it made of running statistics and memory: the run
+    goes on as from the end of the step before. So it does where validation was interrupted, which is then made again
+    from its beginning.
 
     Of several processes one may have failed alone, so that nothing can be done together any more: the first one writes
     what it has, where that is all there is, as with ``ddp``.
@@ -51,15 +54,22 @@ class InterruptCheckpoint(Callback):
         self._batch = 0
         self._behind = 0
         self.within_update = False
-        self._hooks: list[RemovableHandle] = []
-        self._averages: list[_Swapped] = []
+        self._averages: list[_Averages] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Whatever the run goes on from was loaded."""
-        self._step, self._batch, self._behind, self.within_update = trainer.global_step, _processed(trainer), 0, False
-        self._hooks = [optimizer.register_step_post_hook(self._updated) for optimizer in trainer.optimizers]
-        callbacks: list[Callback] = trainer.callbacks  # type: ignore[attr-defined]
-        self._averages = [_Swapped(self, each) for each in callbacks if isinstance(each, WeightAveraging)]
+        """Look where averages of weights go."""
+        self._step = None
+        self._averages = [_Averages(self, each) for each in _of_kind(trainer, WeightAveraging)]
+
+    def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
+        """From here on there is something that the checkpoint which the run goes on from has not."""
+        if self._step is None:
+            self._step, self._batch, self._behind, self.within_update = (
+                trainer.global_step,
+                _processed(trainer),
+                0,
+                False,
+            )
 
     def on_before_optimizer_step(self, *args: Any) -> None:
         """From here on parameters may be those of one step or of the next."""
@@ -72,26 +82,28 @@ class InterruptCheckpoint(Callback):
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing is left to save."""
-        self._end()
+        self.end()
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write ``interrupted.ckpt`` beside the other checkpoints, if a step was made."""
-        began = self._step is not None
+        began, averages = self._step is not None, self._averages
+        within_update = self.within_update and trainer.global_step == self._step
         self._count(trainer)  # what failed may have been another callback, before the turn of this one
-        averages = self._averages
-        self._end()
+        self.end()
         if trainer.state.fn != "fit" or not began or trainer.global_step == 0:
             return
         if isinstance(exception, StoppedBySignal | CheckpointError):  # all is said; there is no room
             return
         name = f"Stopped at step {trainer.global_step} by {type(exception).__name__}."
-        if self.within_update:
+        if within_update:
             rank_zero_warn(f"{name} It was within an update of the parameters, which is not saved by half")
             return
         path = interrupted_path(trainer)
         try:
             for each in averages:
-                each.put_back(pl_module)
+                each.bring_up_to_date(trainer, pl_module)
+            for step in _of_kind(trainer, SkippedSteps):
+                step.undo(pl_module)
             saved = self._save(trainer, path)
         except Exception as failure:  # noqa: BLE001 - whatever it is, it must not hide what came first
             rank_zero_warn(f"{name} Its state could not be saved: {failure}")
@@ -107,8 +119,12 @@ class InterruptCheckpoint(Callback):
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
         """Count nothing that was not brought to its end."""
-        if trainer.interrupted:
-            _begin_validation_again(checkpoint) if trainer.validating else self._begin_step_again(checkpoint)
+        if not trainer.interrupted:
+            return
+        if trainer.validating and self._behind == 0:
+            _begin_validation_again(checkpoint)
+        else:  # a validation between the batches of one step comes again by itself
+            self._begin_step_again(checkpoint)
 
     def _count(self, trainer: pl.Trainer) -> None:
         """Once for each batch."""
@@ -117,16 +133,12 @@ class InterruptCheckpoint(Callback):
             self._behind = self._behind + 1 if trainer.global_step == self._step else 0
             self._step = trainer.global_step
 
-    def _updated(self, *args: Any) -> None:
-        self.within_update = False
-
-    def _end(self) -> None:
+    def end(self) -> None:
+        """Training is over: from here on there is nothing to save."""
         self._step = None
-        for hook in self._hooks:
-            hook.remove()
         for each in self._averages:
             each.look_no_longer()
-        self._hooks, self._averages = [], []
+        self._averages = []
 
     def _save(self, trainer: pl.Trainer, path: Path) -> bool:
         """Without the other processes, if there are some."""
@@ -183,29 +195,43 @@ class ValidateFirst(Callback):
             _begin_validation_again(checkpoint)
 
 
-class _Swapped:
+class _Averages:
     """Sees whether the averages of the weights are where the weights belong, as they are while validating."""
 
     def __init__(self, keeper: InterruptCheckpoint, averaging: WeightAveraging) -> None:
-        self._averaging, self._are = averaging, False
-        swap = averaging._swap_models  # noqa: SLF001 - there is no other way to know
+        self._averaging, self._are_in_place = averaging, False
+        swap, copy = averaging._swap_models, averaging._copy_average_to_current  # noqa: SLF001 - nothing else tells
 
-        def watched(pl_module: pl.LightningModule) -> None:
-            keeper.within_update = True
+        def watched_swap(pl_module: pl.LightningModule) -> None:
+            keeper.within_update, before = True, keeper.within_update
             swap(pl_module)
-            self._are = not self._are
-            keeper.within_update = False
+            self._are_in_place = not self._are_in_place
+            keeper.within_update = before
 
-        averaging._swap_models = watched  # type: ignore[method-assign]  # noqa: SLF001
+        def watched_copy(pl_module: pl.LightningModule) -> None:
+            keeper.end()
+            copy(pl_module)
 
-    def put_back(self, pl_module: pl.LightningModule) -> None:
-        """Let each be in its place again."""
-        if self._are:
+        averaging._swap_models = watched_swap  # type: ignore[method-assign]  # noqa: SLF001
+        averaging._copy_average_to_current = watched_copy  # type: ignore[method-assign]  # noqa: SLF001
+
+    def bring_up_to_date(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Let weights and averages be in their places again, and the averages those of the last step."""
+        if self._are_in_place:
             self._averaging._swap_models(pl_module)  # noqa: SLF001
+            self._are_in_place = False
+        current: Any = trainer.fit_loop.epoch_loop.batch_progress.current
+        if current.processed > current.completed:  # it knows if it has had its turn
+            self._averaging.on_train_batch_end(trainer, pl_module, None, None, 0)
 
     def look_no_longer(self) -> None:
         """Leave the callback as it was."""
-        del self._averaging._swap_models  # noqa: SLF001
+        for name in ("_swap_models", "_copy_average_to_current"):
+            vars(self._averaging).pop(name, None)
+
+
+def _of_kind(trainer: pl.Trainer, kind: type[T]) -> list[T]:
+    return [each for each in trainer.callbacks if isinstance(each, kind)]  # type: ignore[attr-defined]
 
 
 def _processed(trainer: pl.Trainer) -> int:

@@ -86,6 +86,7 @@ class LanguageModel(EquilibriumModule):
         self.register_buffer("token_bytes", None, persistent=False)  # the data's, see setup
         self._memories: dict[str, Any] = {}
         self._restored: list[Tensor] | None = None
+        self._before: tuple[Any, list[Tensor] | None] = None, None
         self._make_metrics()
 
     def setup(self, stage: str) -> None:
@@ -233,6 +234,15 @@ class LanguageModel(EquilibriumModule):
 
     def _keep(self, stage: str, memory: Any) -> None:
         self._memories[stage] = pytree.tree_map_only(Tensor, Tensor.detach, memory)
+
+    def on_step_begin(self) -> None:
+        """Keep what was read before it, should the step be made again."""
+        self._before = self._memories.get("train"), self._restored
+
+    def on_step_undone(self) -> None:
+        """Go back there."""
+        memory, self._restored = self._before
+        self._memories["train"] = memory
 
     def on_step_skipped(self) -> None:
         """What was read in a step that does not count is remembered, but not what is no number."""

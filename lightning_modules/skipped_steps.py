@@ -103,6 +103,7 @@ class SkippedSteps(Callback):
         if self._seen is None:
             self._seen = _Seen()
             _copy(self._current_buffers(), self._copies)
+            cast("EquilibriumModule", pl_module).on_step_begin()
         self._seen.inputs += inputs_not_finite(batch)
 
     def on_before_backward(self, trainer: pl.Trainer, pl_module: pl.LightningModule, loss: Tensor) -> None:
@@ -161,6 +162,13 @@ class SkippedSteps(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Leave nothing behind."""
         self._remove_hooks()
+
+    def undo(self, pl_module: pl.LightningModule) -> None:
+        """Let buffers and memory be as before the step that has begun, if one has, and its update has not."""
+        if self._seen is not None:
+            self._seen = None
+            _copy(self._copies, self._current_buffers())
+            cast("EquilibriumModule", pl_module).on_step_undone()
 
     # --- what is kept
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -9,8 +11,9 @@ import pytest
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
 
-from lightning_modules import InterruptCheckpoint
-from tests.lightning_modules.test_resume import differing, final, run, seed, tanh
+from datamodules import DigitsDataModule
+from lightning_modules import ImageClassifier, InterruptCheckpoint
+from tests.lightning_modules.test_resume import Made, differing, final, mdeq, run, seed, segmenter, tanh, transformer
 
 pytestmark = pytest.mark.filterwarnings("ignore:The dirpath has changed from:UserWarning")  # true: each its own folder
 
@@ -33,26 +36,28 @@ class FailAt(Callback):
             raise RuntimeError("something is wrong here")
 
 
-def check(hook: str, n: int, folder: Path, *, is_first: bool = False, **arguments: Any) -> None:
+def check(
+    hook: str, n: int, folder: Path, *, make: Callable[..., Made] = tanh, is_first: bool = False, **arguments: Any
+) -> None:
     """It ends bit for bit as a run that did not fail there.
 
     Args:
         is_first: fail before :class:`InterruptCheckpoint` has its turn in this hook.
     """
     seed(1)
-    run(tanh, folder / "whole", **arguments)
+    run(make, folder / "whole", **arguments)
     callbacks = [InterruptCheckpoint(), FailAt(hook, n)]
     seed(1)
     with pytest.raises(RuntimeError, match="something is wrong here"):
         run(
-            tanh,
+            make,
             folder / "failed",
             callbacks=callbacks[::-1] if is_first else callbacks,
             default_root_dir=folder,
             **arguments,
         )
     seed(2)
-    run(tanh, folder / "resumed", folder / "checkpoints" / "interrupted.ckpt", **arguments)
+    run(make, folder / "resumed", folder / "checkpoints" / "interrupted.ckpt", **arguments)
     assert differing(final(folder / "whole"), final(folder / "resumed")) == []
     validated = {path.name for part in ("failed", "resumed") for path in (folder / part).glob("val-*")}
     assert validated == {path.name for path in folder.glob("whole/val-*")}
@@ -70,6 +75,24 @@ IN_VALIDATION = [
 def test_within_a_step(hook: str, n: int, tmp_path: Path) -> None:
     """Within an epoch, at its last step, and at the first of the next one."""
     check(hook, n, tmp_path)
+
+
+@pytest.mark.parametrize(
+    ("make", "hook", "n"),
+    [
+        (transformer, "on_before_backward", 5),
+        (transformer, "on_before_zero_grad", 3),
+        (mdeq, "on_after_backward", 5),
+        (segmenter, "on_after_backward", 4),
+    ],
+)
+def test_what_a_step_leaves_behind_is_undone(make: Callable[..., Made], hook: str, n: int, tmp_path: Path) -> None:
+    """The memory of a text, and running statistics: they are those of before the step, which is made again."""
+    check(hook, n, tmp_path, make=make)
+
+
+def test_the_memory_of_several_batches_is_undone(tmp_path: Path) -> None:
+    check("on_train_batch_end", 5, tmp_path, make=transformer, accumulate_grad_batches=2)
 
 
 @pytest.mark.parametrize("hook", IN_VALIDATION)
@@ -98,6 +121,80 @@ def test_within_a_step_of_several_batches(hook: str, n: int, is_first: bool, tmp
 )
 def test_with_validations_within_epochs(hook: str, n: int, tmp_path: Path) -> None:
     check(hook, n, tmp_path, val_check_interval=2)
+
+
+@pytest.mark.parametrize(("every", "n"), [((3, 2), 3), ((2, 3), 2)])
+def test_validation_within_a_step_of_several_batches(every: tuple[int, int], n: int, tmp_path: Path) -> None:
+    """It comes again by itself, as the batches before it do."""
+    accumulated, validated = every
+    arguments = {"accumulate_grad_batches": accumulated, "val_check_interval": validated}
+    check("on_validation_end", n, tmp_path, **arguments)
+
+
+@pytest.mark.parametrize("order", ["fail first", "fail in the middle"])
+def test_averages_that_have_not_had_their_turn(order: str, tmp_path: Path) -> None:
+    """They are of the step that the checkpoint is of."""
+    fail, keep = FailAt("on_train_batch_end", 6), InterruptCheckpoint()
+    callbacks = [fail, keep] if order == "fail first" else [keep, fail]
+    seed(1)
+    run(tanh, tmp_path / "whole", averages_last=True)
+    seed(1)
+    with pytest.raises(RuntimeError, match="something is wrong here"):
+        run(tanh, tmp_path / "failed", callbacks=callbacks, default_root_dir=tmp_path, averages_last=True)
+    seed(2)
+    run(tanh, tmp_path / "resumed", tmp_path / "checkpoints" / "interrupted.ckpt", averages_last=True)
+    assert differing(final(tmp_path / "whole"), final(tmp_path / "resumed")) == []
+
+
+def test_what_fails_before_the_first_step_leaves_nothing(tmp_path: Path) -> None:
+    """The checkpoint that the run goes on from has all there is."""
+    run(tanh, tmp_path / "first")
+    callbacks = [InterruptCheckpoint(), FailAt("on_train_start", 1)]
+    with pytest.raises(RuntimeError, match="something is wrong here"):
+        run(
+            tanh,
+            tmp_path / "second",
+            tmp_path / "first" / "step-2.ckpt",
+            callbacks=callbacks,
+            default_root_dir=tmp_path,
+        )
+    assert not (tmp_path / "checkpoints").exists()
+
+
+def test_what_fails_after_the_last_step_leaves_nothing(tmp_path: Path) -> None:
+    """The averages are in the place of the weights by then; they are no weights to go on from."""
+    callbacks = [FailAt("on_train_end", 1), InterruptCheckpoint()]
+    with pytest.raises(RuntimeError, match="something is wrong here"):
+        run(tanh, tmp_path / "failed", callbacks=callbacks, default_root_dir=tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("fails", [False, True])
+def test_two_of_them(fails: bool, tmp_path: Path) -> None:
+    """As from the command line, which has one of its own."""
+    callbacks = [InterruptCheckpoint(), InterruptCheckpoint(), *([FailAt("on_train_batch_end", 3)] if fails else [])]
+    with pytest.raises(RuntimeError, match="something is wrong here") if fails else contextlib.nullcontext():
+        run(tanh, tmp_path / "run", callbacks=callbacks, default_root_dir=tmp_path)
+    assert (tmp_path / "checkpoints" / "interrupted.ckpt").is_file() == fails
+
+
+class FailAfterwards(ImageClassifier):
+    """Its own code after an update fails."""
+
+    def optimizer_step(self, *args: Any, **options: Any) -> None:
+        super().optimizer_step(*args, **options)
+        if self.trainer.global_step == 5:
+            raise RuntimeError("something is wrong here")
+
+
+def test_an_update_that_was_not_counted_is_not_saved(tmp_path: Path) -> None:
+    def make() -> Made:
+        return FailAfterwards(model_args={"width": 8}), DigitsDataModule(batch_size=10)
+
+    told = pytest.warns(UserWarning, match="It was within an update of the parameters, which is not saved by half")
+    with told, pytest.raises(RuntimeError, match="something is wrong here"):
+        run(make, tmp_path / "run", callbacks=[InterruptCheckpoint()], default_root_dir=tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
 
 
 def test_averages_that_are_used_again(tmp_path: Path) -> None:

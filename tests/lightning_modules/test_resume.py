@@ -98,9 +98,9 @@ def run(make: Callable[..., Made], folder: Path, start: Path | None = None, **ar
     """
     names = ("num_workers", "batch_size")
     module, data = make(**{name: arguments.pop(name) for name in names if name in arguments})
+    averages, given = EMAWeightAveraging(decay=0.9), arguments.pop("callbacks", [])
     callbacks = [
-        EMAWeightAveraging(decay=0.9),
-        *arguments.pop("callbacks", []),
+        *([*given, averages] if arguments.pop("averages_last", False) else [averages, *given]),
         Save(folder, "step", every_n_train_steps=1),
         Save(folder, "val", save_on_train_epoch_end=False),
         Save(folder, "end", save_on_train_epoch_end=True),
