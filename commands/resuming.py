@@ -55,7 +55,7 @@ class Resumed:
         """Of a further logger, if the run had one of this kind in this place."""
         loggers = self.checkpoint["loggers"]
         theirs, version = loggers[n] if n < len(loggers) else (None, None)
-        return version if theirs == kind else None
+        return version if theirs == kind and kind in NAMED_BY else None
 
 
 def wanted(fit: Namespace) -> bool:

@@ -38,7 +38,7 @@ from commands.quiet import silence_what_users_cannot_act_on
 from datamodules import DataError  # importing the package makes its classes known to the parser by their short names
 from lightning_modules.checkpoints import CheckpointError, check_fits, read_checkpoint
 from lightning_modules.continued_runs import ContinuedRun
-from lightning_modules.ending_together import end_with_the_launcher
+from lightning_modules.ending_together import end_with_the_launcher, wait_for_the_others
 from lightning_modules.keep_last import KeepLast
 from lightning_modules.out_of_memory import NotEnoughMemoryError, told_of_memory
 from lightning_modules.safe_checkpoints import NO_ROOM, replacing
@@ -84,7 +84,9 @@ def main(args: Sequence[str]) -> ZooCLI:
     end_with_the_launcher()
     try:
         with told_of_memory():
-            return ZooCLI(args)
+            done = ZooCLI(args)
+        wait_for_the_others(done.trainer)
+        return done
     except OSError as error:
         if error.errno not in NO_ROOM:
             raise

@@ -81,7 +81,8 @@ class ContinuedMetrics(ExperimentWriter):
 
     def __init__(self, log_dir: str) -> None:
         super().__init__(log_dir)
-        self.metrics_keys = next(self._lines(), [])
+        self._header = next(self._lines(), [])
+        self.metrics_keys = list(self._header)
 
     def keep_before(self, step: int) -> None:
         """Drop the rows of this step and of later ones, and what a kill left of a row."""
@@ -97,16 +98,16 @@ class ContinuedMetrics(ExperimentWriter):
         if not self.metrics:
             return
         self._record_new_keys()
-        lines = self._lines()
-        header = next(lines, [])
         rows = [[metrics.get(name, "") for name in self.metrics_keys] for metrics in self.metrics]
-        if header == self.metrics_keys:
+        if self._header == self.metrics_keys:
             self._append(rows)
         else:
+            lines = self._lines()
+            header = next(lines, [])
             before = (dict(zip(header, line, strict=True)) for line in lines)
             moved = [[row.get(name, "") for name in self.metrics_keys] for row in before]
             self._replace([self.metrics_keys, *moved, *rows])
-        self.metrics = []
+        self.metrics, self._header = [], list(self.metrics_keys)
 
     def _check_log_dir_exists(self) -> None:
         """Lightning's removes the file."""

@@ -35,14 +35,23 @@ class EndTogether(Callback):
 
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Wait a little, then kill."""
-        started = getattr(trainer.strategy.launcher, "procs", None) or []
-        others = [process for process in started if isinstance(process, subprocess.Popen)]
         end = time.monotonic() + PATIENCE
-        for process in others:
+        for process in _started_by(trainer):
             try:
                 process.wait(max(0.0, end - time.monotonic()))
             except subprocess.TimeoutExpired:
                 process.kill()
+
+
+def wait_for_the_others(trainer: pl.Trainer) -> None:
+    """Where the strategy ``ddp`` started the other processes itself, let this one end after them."""
+    for process in _started_by(trainer):
+        process.wait()
+
+
+def _started_by(trainer: pl.Trainer) -> list[subprocess.Popen[bytes]]:
+    started = getattr(trainer.strategy.launcher, "procs", None) or []
+    return [process for process in started if isinstance(process, subprocess.Popen)]
 
 
 def end_with_the_launcher() -> None:

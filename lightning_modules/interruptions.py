@@ -181,6 +181,8 @@ class ValidateFirst(Callback):
     Lightning 2.6 goes on with the step after it: what was validated there is never known, nor whether it was the best.
     """
 
+    _one_more = False
+
     def on_save_checkpoint(
         self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
     ) -> None:
@@ -193,6 +195,40 @@ class ValidateFirst(Callback):
             for count in (progress["total"], current):
                 count["completed"] = count["processed"]
             _begin_validation_again(checkpoint)
+
+    def on_load_checkpoint(
+        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
+    ) -> None:
+        """Where all ``max_steps`` were made, Lightning would not so much as begin."""
+        self._one_more = False
+        if trainer.state.fn == "fit" and checkpoint.get("global_step") == trainer.max_steps and "loops" in checkpoint:
+            total = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
+            self._one_more = total["ready"] > total["processed"]
+
+    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """So let there be one more, which is never made; the optimizer and its schedule are there by now."""
+        if self._one_more:
+            trainer.fit_loop.epoch_loop.max_steps += 1
+
+    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """Not where no validation comes after all, since this run has none."""
+        loop, data = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher  # noqa: SLF001
+        if data is None or not loop._should_check_val_fx(data):  # noqa: SLF001
+            self._end(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """It has come."""
+        if not trainer.sanity_checking:
+            self._end(trainer)
+
+    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
+        """Leave the trainer as it was."""
+        self._end(trainer)
+
+    def _end(self, trainer: pl.Trainer) -> None:
+        if self._one_more:
+            trainer.fit_loop.epoch_loop.max_steps -= 1
+        self._one_more = False
 
 
 class _Averages:

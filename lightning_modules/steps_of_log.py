@@ -30,10 +30,12 @@ class StepsOfLog(Callback):
     def setup(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
         """Let a ``metrics.csv`` be written so that a kill leaves it whole."""
         for logger in trainer.loggers:
-            if type(logger) is CSVLogger and trainer.is_global_zero and type(logger.experiment) is ExperimentWriter:
-                started = bool(logger.experiment.metrics or logger.experiment.metrics_keys)
-                if not started:
-                    logger._experiment = ContinuedMetrics(logger.log_dir)  # noqa: SLF001
+            if type(logger) is not CSVLogger or not trainer.is_global_zero or "://" in logger.log_dir:
+                continue
+            own = logger.experiment
+            if type(own) is ExperimentWriter and not own.metrics and not own.metrics_keys:
+                logger._experiment = ContinuedMetrics(logger.log_dir)  # noqa: SLF001
+                logger._experiment.log_hparams(own.hparams)  # noqa: SLF001
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """The first batch comes."""

@@ -139,6 +139,22 @@ class FailOnRank(pl.Callback):
             raise ValueError("something is wrong here")
 
 
+class SlowToEnd(pl.Callback):
+    """The second process has work left when the first one has none.
+
+    Args:
+        file: which it writes then.
+    """
+
+    def __init__(self, file: str) -> None:
+        self.file = file
+
+    def teardown(self, trainer: pl.Trainer, pl_module: pl.LightningModule, stage: str) -> None:
+        if trainer.global_rank == 1:
+            time.sleep(3.0)
+            Path(self.file).touch()
+
+
 def killed_at(call: int, run: Callable[[], Any], output: Path) -> int:
     """Run this in a copy of this process, which kills itself at so many calls of a function from the first
     training step on.

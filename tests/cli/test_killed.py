@@ -113,6 +113,15 @@ def test_the_first_process_is_killed_before_they_meet() -> None:
     assert not RUNS.exists()
 
 
+def test_the_first_process_ends_after_the_other() -> None:
+    """It does not take away what the other one still has to do."""
+    slow = ("--trainer.callbacks", "tests.launching.SlowToEnd", "--trainer.callbacks.file", "done")
+    process = start(sys.executable, CLI, *FIT, *TWO, "--test_after_fit", "false", *slow)
+    output = output_of(process)
+    assert process.returncode == 0, output
+    assert Path("done").exists()
+
+
 @pytest.mark.parametrize("rank", [0, 1])
 def test_one_of_two_processes_fails(rank: int) -> None:
     """None waits for it: not in what all do together, nor in saving."""

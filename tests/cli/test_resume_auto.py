@@ -9,14 +9,18 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import fsspec
 import pytest
 import pytorch_lightning as pl
 import torch
 import wandb
 import yaml
 from pytorch_lightning.demos.boring_classes import BoringModel
+from pytorch_lightning.loggers import CSVLogger, Logger
 
 from commands.training import ZooCLI
+from datamodules import DigitsDataModule
+from lightning_modules import ImageClassifier
 from lightning_modules.checkpoints import CheckpointError
 from lightning_modules.continued_runs import ContinuedMetrics, ContinuedRun
 from tests.cli.test_loggers import events
@@ -132,6 +136,74 @@ def test_a_step_that_ends_an_epoch_is_validated(never_stopped: Fitted) -> None:
     validated = [[row for row in log(run.folder) if "val/loss" in row] for run in (never_stopped, resumed)]
     assert validated[0] == validated[1]
     assert len(validated[0]) == 3
+
+
+@pytest.mark.parametrize("hook", ["on_validation_batch_end", "on_train_batch_end"])
+def test_the_last_of_max_steps_is_validated(hook: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Though nothing is left to train."""
+    length = (*TINY, "--trainer.max_epochs", "-1", "--trainer.max_steps", "4")
+    whole = fit("-c", DIGITS, *length)
+    (tmp_path / "stopped").mkdir()
+    monkeypatch.chdir(tmp_path / "stopped")
+    with with_callback(StopAt(4, hook)), pytest.raises(SystemExit):
+        fit("-c", DIGITS, *length, *AUTO)
+    resumed = fit("-c", DIGITS, *length, *AUTO)
+    for name in ("best", "last"):
+        first, second = (torch.load(getattr(run, name), weights_only=True) for run in (whole, resumed))
+        assert first["global_step"] == second["global_step"] == 4
+        assert same(first["state_dict"], second["state_dict"])
+    validated = [[row for row in log(run.folder) if "val/loss" in row] for run in (whole, resumed)]
+    assert validated[0] == validated[1]
+    assert metrics(whole.cli)["test/loss"] == metrics(resumed.cli)["test/loss"]
+
+
+class RunId(Logger):
+    """Somebody's logger, which has a name of its own for what others call a version."""
+
+    def __init__(self, run_id: str = "own") -> None:
+        super().__init__()
+        self.run_id = run_id
+
+    name = property(lambda self: "somebody's")
+    version = property(lambda self: self.run_id)
+
+    def log_metrics(self, metrics: dict[str, float], step: int | None = None) -> None:
+        """Nothing."""
+
+    def log_hyperparams(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing."""
+
+
+def test_a_logger_of_another_kind_beside() -> None:
+    Path("two.yaml").write_text(
+        "trainer:\n  logger:\n  - {class_path: CSVLogger, init_args: {save_dir: runs, name: tanh_deq_digits}}\n"
+        "  - {class_path: tests.cli.test_resume_auto.RunId}\n"
+    )
+    fit("-c", DIGITS, "-c", "two.yaml", *TINY, *AUTO)
+    again = fit("-c", DIGITS, "-c", "two.yaml", *LONG, *AUTO)
+    assert again.folder.name == "version_0"
+
+
+def a_short_fit(logger: CSVLogger) -> None:
+    """In a script."""
+    quiet = dict.fromkeys(("enable_checkpointing", "enable_progress_bar", "enable_model_summary"), False)
+    few = {"max_steps": 1, "limit_val_batches": 1, "accelerator": "cpu", "log_every_n_steps": 1}
+    module = ImageClassifier(model_args={"width": 8}, show_every=0)
+    pl.Trainer(logger=logger, **quiet, **few).fit(module, datamodule=DigitsDataModule())
+
+
+def test_what_a_script_has_logged_before() -> None:
+    logger = CSVLogger("logs")
+    logger.log_hyperparams({"mine": 42})
+    a_short_fit(logger)
+    assert yaml.safe_load(Path(logger.log_dir, "hparams.yaml").read_text())["mine"] == 42
+
+
+def test_a_log_that_is_elsewhere() -> None:
+    logger = CSVLogger("memory://logs")
+    a_short_fit(logger)
+    assert fsspec.filesystem("memory").exists(f"{logger.log_dir}/metrics.csv".removeprefix("memory:/"))
+    assert list(Path.cwd().iterdir()) == []
 
 
 def test_an_interrupted_write_of_the_log_loses_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
