@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,6 +14,7 @@ from pytorch_lightning.utilities import rank_zero_info, rank_zero_warn
 from .checkpoints import CheckpointError
 from .run_folder import run_dir
 from .skipped_steps import SkippedSteps
+from .validate_first import begin_validation_again, validation_is_due
 
 T = TypeVar("T", bound=Callback)
 
@@ -42,8 +44,8 @@ class InterruptCheckpoint(Callback):
     """Writes a checkpoint when training is interrupted or fails, and says where it is and how to go on.
 
     What was done of a step that did not end does not count, nor what it made of running statistics and memory: the run
-    goes on as from the end of the step before. So it does where validation was interrupted, which is then made again
-    from its beginning.
+    goes on as from the end of the step before. Where validation was interrupted, or the end of an epoch, both are made
+    again, from the validation's beginning.
 
     Of several processes one may have failed alone, so that nothing can be done together any more: the first one writes
     what it has, where that is all there is, as with ``ddp``.
@@ -54,22 +56,20 @@ class InterruptCheckpoint(Callback):
         self._batch = 0
         self._behind = 0
         self.within_update = False
+        self._before_validation: dict[str, Any] = {}
         self._averages: list[_Averages] = []
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look where averages of weights go."""
         self._step = None
-        self._averages = [_Averages(self, each) for each in _of_kind(trainer, WeightAveraging)]
+        is_first = _of_kind(trainer, InterruptCheckpoint)[0] is self
+        self._averages = [_Averages(self, each) for each in _of_kind(trainer, WeightAveraging)] if is_first else []
 
     def on_train_batch_start(self, trainer: pl.Trainer, *args: Any) -> None:
         """From here on there is something that the checkpoint which the run goes on from has not."""
         if self._step is None:
-            self._step, self._batch, self._behind, self.within_update = (
-                trainer.global_step,
-                _processed(trainer),
-                0,
-                False,
-            )
+            self._step, self._batch = trainer.global_step, _processed(trainer)
+            self._behind, self.within_update = 0, False
 
     def on_before_optimizer_step(self, *args: Any) -> None:
         """From here on parameters may be those of one step or of the next."""
@@ -79,6 +79,12 @@ class InterruptCheckpoint(Callback):
         """Count the batches whose gradients are accumulated, which no checkpoint has."""
         self.within_update = False
         self._count(trainer)
+        if trainer.is_last_batch:
+            self._remember(trainer)
+
+    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
+        """What counts validations, or epochs, counts this one again if it is made again."""
+        self._remember(trainer)
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing is left to save."""
@@ -91,6 +97,8 @@ class InterruptCheckpoint(Callback):
         self._count(trainer)  # what failed may have been another callback, before the turn of this one
         self.end()
         if trainer.state.fn != "fit" or not began or trainer.global_step == 0:
+            return
+        if _of_kind(trainer, InterruptCheckpoint)[0] is not self:  # the command line has one, and so has its user
             return
         if isinstance(exception, StoppedBySignal | CheckpointError):  # all is said; there is no room
             return
@@ -121,10 +129,20 @@ class InterruptCheckpoint(Callback):
         """Count nothing that was not brought to its end."""
         if not trainer.interrupted:
             return
-        if trainer.validating and self._behind == 0:
-            _begin_validation_again(checkpoint)
+        epochs = checkpoint["loops"]["fit_loop"]["epoch_progress"]
+        # Where no validation comes with it, Lightning would go on with a further batch, and the end is not made again.
+        ends = epochs["total"]["processed"] > epochs["total"]["completed"] and validation_is_due(trainer)
+        if ends or (trainer.validating and self._behind == 0):
+            for count in epochs.values():
+                count["processed"] = count["completed"]
+            checkpoint["callbacks"].update(self._before_validation)
+            begin_validation_again(checkpoint)
         else:  # a validation between the batches of one step comes again by itself
             self._begin_step_again(checkpoint)
+
+    def _remember(self, trainer: pl.Trainer) -> None:
+        states = {each.state_key: each.state_dict() for each in _of_kind(trainer, Callback)}
+        self._before_validation = copy.deepcopy({key: state for key, state in states.items() if state})
 
     def _count(self, trainer: pl.Trainer) -> None:
         """Once for each batch."""
@@ -175,62 +193,6 @@ class InterruptCheckpoint(Callback):
         progress["is_last_batch"] = False
 
 
-class ValidateFirst(Callback):
-    """Lets a checkpoint that is written at a step after which validation comes go on with that validation.
-
-    Lightning 2.6 goes on with the step after it: what was validated there is never known, nor whether it was the best.
-    """
-
-    _one_more = False
-
-    def on_save_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Count the step as done, and validation as begun."""
-        progress = checkpoint["loops"]["fit_loop"]["epoch_loop.batch_progress"]
-        current = progress["current"]
-        is_at_end_of_step = current["ready"] == current["processed"] == current["completed"] + 1
-        loop, data = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher  # noqa: SLF001
-        if is_at_end_of_step and data is not None and loop._should_check_val_fx(data):  # noqa: SLF001
-            for count in (progress["total"], current):
-                count["completed"] = count["processed"]
-            _begin_validation_again(checkpoint)
-
-    def on_load_checkpoint(
-        self, trainer: pl.Trainer, pl_module: pl.LightningModule, checkpoint: dict[str, Any]
-    ) -> None:
-        """Where all ``max_steps`` were made, Lightning would not so much as begin."""
-        self._one_more = False
-        if trainer.state.fn == "fit" and checkpoint.get("global_step") == trainer.max_steps and "loops" in checkpoint:
-            total = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]["total"]
-            self._one_more = total["ready"] > total["processed"]
-
-    def on_fit_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """So let there be one more, which is never made; the optimizer and its schedule are there by now."""
-        if self._one_more:
-            trainer.fit_loop.epoch_loop.max_steps += 1
-
-    def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """Not where no validation comes after all, since this run has none."""
-        loop, data = trainer.fit_loop.epoch_loop, trainer.fit_loop._data_fetcher  # noqa: SLF001
-        if data is None or not loop._should_check_val_fx(data):  # noqa: SLF001
-            self._end(trainer)
-
-    def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
-        """It has come."""
-        if not trainer.sanity_checking:
-            self._end(trainer)
-
-    def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
-        """Leave the trainer as it was."""
-        self._end(trainer)
-
-    def _end(self, trainer: pl.Trainer) -> None:
-        if self._one_more:
-            trainer.fit_loop.epoch_loop.max_steps -= 1
-        self._one_more = False
-
-
 class _Averages:
     """Sees whether the averages of the weights are where the weights belong, as they are while validating."""
 
@@ -273,11 +235,3 @@ def _of_kind(trainer: pl.Trainer, kind: type[T]) -> list[T]:
 def _processed(trainer: pl.Trainer) -> int:
     """Batches of the run whose step, or part of a step, was made."""
     return trainer.fit_loop.epoch_loop.batch_progress.total.processed  # type: ignore[attr-defined,no-any-return]
-
-
-def _begin_validation_again(checkpoint: dict[str, Any]) -> None:
-    """Let Lightning find its first batch begun and not done: it goes back to one that was interrupted, and no other."""
-    progress = checkpoint["loops"]["fit_loop"]["epoch_loop.val_loop.batch_progress"]
-    for count in (progress["total"], progress["current"]):
-        count.update(ready=1, started=1, processed=0, completed=0)
-    progress["is_last_batch"] = False

@@ -7,7 +7,6 @@ from pytorch_lightning.callbacks import Callback
 
 from .compiled_cells import CompileCells
 from .ending_together import EndTogether
-from .interruptions import ValidateFirst
 from .out_of_memory import MemoryAdvice
 from .run_folder import OneFolder
 from .safe_checkpoints import SaveSafely
@@ -15,6 +14,7 @@ from .signals import StopOnSignal
 from .skipped_steps import SkippedSteps
 from .steps_of_log import StepsOfLog
 from .training_figures import LearningRate, Throughput
+from .validate_first import ValidateFirst
 
 STANDARD: tuple[type[Callback], ...] = (
     OneFolder,

@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import pytorch_lightning as pl
-from pytorch_lightning.callbacks import Callback, EMAWeightAveraging
+from pytorch_lightning.callbacks import Callback, EarlyStopping, EMAWeightAveraging
 
 from datamodules import DigitsDataModule
 from lightning_modules import ImageClassifier, InterruptCheckpoint
@@ -59,8 +58,8 @@ def check(
     seed(2)
     run(make, folder / "resumed", folder / "checkpoints" / "interrupted.ckpt", **arguments)
     assert differing(final(folder / "whole"), final(folder / "resumed")) == []
-    validated = {path.name for part in ("failed", "resumed") for path in (folder / part).glob("val-*")}
-    assert validated == {path.name for path in folder.glob("whole/val-*")}
+    saved = {path.name for part in ("failed", "resumed") for path in (folder / part).glob("[ev]*.ckpt")}
+    assert saved == {path.name for path in (folder / "whole").glob("[ev]*.ckpt")}
 
 
 IN_STEPS = ["on_train_batch_start", "on_before_backward", "on_after_backward", "on_before_zero_grad"]
@@ -105,6 +104,29 @@ def test_within_validation(hook: str, tmp_path: Path) -> None:
 @pytest.mark.parametrize("length", [{}, {"max_steps": 12, "max_epochs": -1}])
 def test_between_epochs(hook: str, length: dict[str, int], tmp_path: Path) -> None:
     check(hook, 2, tmp_path, **length)
+
+
+@pytest.mark.parametrize("validation", [{"limit_val_batches": 0}, {"check_val_every_n_epoch": 2}])
+def test_without_a_validation(validation: dict[str, int], tmp_path: Path) -> None:
+    check("on_train_batch_end", 3, tmp_path, **validation)
+
+
+@pytest.mark.parametrize("hook", ["on_validation_end", "on_train_epoch_end"])
+def test_what_counts_validations_counts_each_once(hook: str, tmp_path: Path) -> None:
+    """It has had its turn when another callback fails, and has another one."""
+
+    def stopping() -> EarlyStopping:
+        return EarlyStopping("val/loss", mode="max", patience=9, check_on_train_epoch_end=hook == "on_train_epoch_end")
+
+    whole, resumed = stopping(), stopping()
+    callbacks = [InterruptCheckpoint(), stopping(), FailAt(hook, 2)]
+    seed(1)
+    run(tanh, tmp_path / "whole", callbacks=[whole])
+    seed(1)
+    with pytest.raises(RuntimeError, match="something is wrong here"):
+        run(tanh, tmp_path / "failed", callbacks=callbacks, default_root_dir=tmp_path)
+    run(tanh, tmp_path / "resumed", tmp_path / "checkpoints" / "interrupted.ckpt", callbacks=[resumed])
+    assert resumed.wait_count == whole.wait_count > 0
 
 
 @pytest.mark.parametrize("is_first", [False, True])
@@ -169,13 +191,22 @@ def test_what_fails_after_the_last_step_leaves_nothing(tmp_path: Path) -> None:
     assert not (tmp_path / "checkpoints").exists()
 
 
-@pytest.mark.parametrize("fails", [False, True])
-def test_two_of_them(fails: bool, tmp_path: Path) -> None:
-    """As from the command line, which has one of its own."""
-    callbacks = [InterruptCheckpoint(), InterruptCheckpoint(), *([FailAt("on_train_batch_end", 3)] if fails else [])]
-    with pytest.raises(RuntimeError, match="something is wrong here") if fails else contextlib.nullcontext():
-        run(tanh, tmp_path / "run", callbacks=callbacks, default_root_dir=tmp_path)
-    assert (tmp_path / "checkpoints" / "interrupted.ckpt").is_file() == fails
+def test_two_of_them(tmp_path: Path) -> None:
+    """As from the command line, which has one of its own; the first one acts."""
+    callbacks = [InterruptCheckpoint(), InterruptCheckpoint()]
+    seed(1)
+    run(tanh, tmp_path / "whole", callbacks=callbacks, default_root_dir=tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+    seed(1)
+    with pytest.raises(RuntimeError, match="something is wrong here"):
+        run(
+            tanh,
+            tmp_path / "failed",
+            callbacks=[*callbacks, FailAt("on_validation_batch_end", 2)],
+            default_root_dir=tmp_path,
+        )
+    run(tanh, tmp_path / "resumed", tmp_path / "checkpoints" / "interrupted.ckpt")
+    assert differing(final(tmp_path / "whole"), final(tmp_path / "resumed")) == []
 
 
 class FailAfterwards(ImageClassifier):
