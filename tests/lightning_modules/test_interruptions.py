@@ -2,8 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import os
+import random
+import signal
+import sys
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from types import FrameType
 from typing import Any
 
 import pytest
@@ -226,6 +231,62 @@ def test_an_update_that_was_not_counted_is_not_saved(tmp_path: Path) -> None:
     with told, pytest.raises(RuntimeError, match="something is wrong here"):
         run(make, tmp_path / "run", callbacks=[InterruptCheckpoint()], default_root_dir=tmp_path)
     assert not (tmp_path / "checkpoints").exists()
+
+
+class ControlC(Callback):
+    """Ctrl-C at so many calls of a function from the beginning of training on; -1 only counts them."""
+
+    def __init__(self, at: int) -> None:
+        self.at, self.calls = at, 0
+
+    def on_train_start(self, *args: Any) -> None:
+        sys.setprofile(self._count)
+
+    def on_exception(self, *args: Any) -> None:
+        sys.setprofile(None)
+
+    def on_train_end(self, *args: Any) -> None:
+        sys.setprofile(None)
+
+    def _count(self, frame: FrameType, event: str, argument: object) -> None:
+        self.calls += event in ("call", "c_return")
+        if self.calls == self.at:
+            sys.setprofile(None)
+            os.kill(os.getpid(), signal.SIGINT)
+
+
+@pytest.fixture
+def _control_c() -> Iterator[None]:
+    """Lightning leaves it ignored."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("_control_c")
+@pytest.mark.parametrize(("make", "accumulated"), [(tanh, 1), (tanh, 3), (transformer, 1)])
+def test_control_c_at_random_moments(make: Callable[..., Made], accumulated: int, tmp_path: Path) -> None:
+    counting = ControlC(-1)
+    seed(1)
+    run(make, tmp_path / "whole", callbacks=[counting], accumulate_grad_batches=accumulated)
+    rng = random.Random(0)
+    for n in range(5):
+        folder = tmp_path / str(n)
+        at = rng.randrange(counting.calls // 3, counting.calls)  # by then a step was made
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        seed(1)
+        with pytest.raises(SystemExit):
+            run(
+                make,
+                folder / "failed",
+                callbacks=[InterruptCheckpoint(), ControlC(at)],
+                default_root_dir=folder,
+                accumulate_grad_batches=accumulated,
+            )
+        seed(2)
+        start = folder / "checkpoints" / "interrupted.ckpt"
+        run(make, folder / "resumed", start, accumulate_grad_batches=accumulated)
+        assert differing(final(tmp_path / "whole"), final(folder / "resumed")) == [], at
 
 
 def test_averages_that_are_used_again(tmp_path: Path) -> None:
