@@ -9,7 +9,6 @@ from typing import Any, Generic, NamedTuple, TypeVar, cast
 
 import torch
 from pytorch_lightning import LightningDataModule
-from pytorch_lightning.utilities import rank_zero_warn
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
@@ -116,16 +115,7 @@ class SplitDataModule(LightningDataModule, ABC, Generic[D]):
         return self.batch_size * processes_of(self)[0]
 
     def _place(self, asked: object) -> Place | None:
-        """See :func:`place_in_training`; what cannot be as in the run that is gone on with is said."""
-        place = place_in_training(self, asked)
-        before, now = self._joint_batch_before, self._joint_batch
-        if place is not None and place[1] > 0 and before not in (None, now):
-            rank_zero_warn(
-                f"training goes on within an epoch, after {place[1]} batches that had {before} samples, of all "
-                f"processes together, and have {now} now: of this epoch some samples come twice, or not at all. To go "
-                f"on exactly, let batch_size times the number of processes be {before}"
-            )
-        return place
+        return place_in_training(self, asked, "samples", self._joint_batch_before, self._joint_batch)
 
     def val_dataloader(self) -> DataLoader[tuple[Tensor, ...]]:
         """The validation batches of this process; :class:`DataError` as :meth:`train_dataloader`."""

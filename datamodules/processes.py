@@ -7,6 +7,7 @@ from typing import Generic, TypeVar
 
 import torch.distributed
 from pytorch_lightning import LightningDataModule
+from pytorch_lightning.utilities import rank_zero_warn
 from torch.utils.data import DistributedSampler, SequentialSampler
 
 from .idx import DataError
@@ -42,8 +43,13 @@ def no_place(asked: object) -> None:
     """What a loader without a module knows of where a pass is to begin."""
 
 
-def place_in_training(module: LightningDataModule, asked: object) -> Place | None:
+def place_in_training(
+    module: LightningDataModule, asked: object, unit: str, before: int | None, now: int
+) -> Place | None:
     """Where this pass begins, if it is the one that the module's Trainer trains with; else, as for a user's, None.
+
+    Where it is within an epoch, and a joint batch, of all processes, has ``now`` of its units in place of the
+    ``before`` of the checkpoint that the run goes on from, that is said: the rest of the epoch cannot be the same.
 
     The Trainer counts batches when a step is done, and its checkpoints have this count. What a loader was asked for
     may be one more, where a step failed; and not in every case is a loader given its own state back in time: where the
@@ -56,7 +62,14 @@ def place_in_training(module: LightningDataModule, asked: object) -> Place | Non
     begun = getattr(trainer.fit_loop._combined_loader, "_iterator", None)  # noqa: SLF001
     if begun is None or all(own is not asked for own in begun.iterators):
         return None
-    return trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    epoch, batches = trainer.current_epoch, trainer.fit_loop.epoch_loop.batch_progress.current.ready
+    if batches > 0 and before not in (None, now):
+        rank_zero_warn(
+            f"training goes on within an epoch, after {batches} batches that had {before} {unit}, of all processes "
+            f"together, and have {now} now: of this epoch some is seen twice, or not at all. To go on exactly, let "
+            f"batch_size times the number of processes be {before}"
+        )
+    return epoch, batches
 
 
 class EvaluationSampler(DistributedSampler[int], SequentialSampler):

@@ -9,8 +9,8 @@ from __future__ import annotations
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
-from functools import cached_property, partial
-from typing import NamedTuple
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -231,6 +231,7 @@ class TextDataModule(LightningDataModule, ABC):
         if eval_segment_length is None:
             eval_segment_length = segment_length
         self.eval_segment_length = whole_number("eval_segment_length", eval_segment_length, at_least=1)
+        self._streams_before: int | None = None
 
     @property
     @abstractmethod
@@ -264,8 +265,25 @@ class TextDataModule(LightningDataModule, ABC):
         return self.load()
 
     def setup(self, stage: str | None = None) -> None:
-        """Read the text now, so that what is wrong with it is found before the first epoch."""
+        """Read the text now, so that what is wrong with it is found before the first epoch; a fit is a new run."""
         _ = self.splits
+        if stage == "fit":
+            self._streams_before = None
+
+    def state_dict(self) -> dict[str, Any]:
+        """How many streams there are, on all devices."""
+        return {"joint_batch": self._streams}
+
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """How many there were."""
+        self._streams_before = state_dict.get("joint_batch")
+
+    @property
+    def _streams(self) -> int:
+        return self.batch_size * processes_of(self)[0]
+
+    def _place(self, asked: object) -> Place | None:
+        return place_in_training(self, asked, "streams", self._streams_before, self._streams)
 
     def train_dataloader(self) -> TextBatches:
         """This device's streams of the training text.
@@ -274,15 +292,15 @@ class TextDataModule(LightningDataModule, ABC):
             DataError: the text is too short for that many streams.
         """
         devices, rank = processes_of(self)
-        text, streams = self.splits.train, self.batch_size * devices
+        text, streams = self.splits.train, self._streams
         if len(text) < 2 * streams:
             raise DataError(
                 f"the training text has {len(text)} tokens; {streams} streams ({_counted(self.batch_size, devices)}) "
                 f"need at least 2 each: {2 * streams}. Choose a smaller batch_size, or a longer text"
             )
         rows = slice(rank * self.batch_size, (rank + 1) * self.batch_size)
-        place = partial(place_in_training, self)
-        return TextBatches(text, *training_streams(len(text), streams), self.segment_length, rows, place, devices)
+        found = training_streams(len(text), streams)
+        return TextBatches(text, *found, self.segment_length, rows, self._place, devices)
 
     def val_dataloader(self) -> TextBatches:
         """This device's streams of the validation text; :class:`DataError` as :meth:`test_dataloader`."""

@@ -232,21 +232,23 @@ def test_two_processes_go_on_exactly(
     check(make, tmp_path, starts, devices=2, strategy="ddp_fork", batch_size=batch_size)
 
 
+@pytest.mark.parametrize(("make", "before", "now", "unit"), [(tanh, 10, 8, "samples"), (transformer, 4, 2, "streams")])
 @pytest.mark.parametrize(("start", "is_told"), [("step-2", True), ("end-4", False)])
-def test_batches_of_another_size_within_an_epoch(start: str, is_told: bool, tmp_path: Path) -> None:
+def test_batches_of_another_size_within_an_epoch(
+    make: Callable[..., Made], before: int, now: int, unit: str, start: str, is_told: bool, tmp_path: Path
+) -> None:
     """What is left of it cannot be the same; the next epoch is a whole one."""
-    run(tanh, tmp_path / "first", batch_size=10)
+    run(make, tmp_path / "first", batch_size=before)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        run(tanh, tmp_path / "second", tmp_path / "first" / f"{start}.ckpt", batch_size=8)
+        run(make, tmp_path / "second", tmp_path / "first" / f"{start}.ckpt", batch_size=now)
     told = [str(each.message) for each in caught if "within an epoch" in str(each.message)]
-    assert bool(told) == is_told
-    if is_told:
-        assert told == [
-            "training goes on within an epoch, after 2 batches that had 10 samples, of all processes together, and "
-            "have 8 now: of this epoch some samples come twice, or not at all. To go on exactly, let batch_size times "
-            "the number of processes be 10"
-        ]
+    expected = (
+        f"training goes on within an epoch, after 2 batches that had {before} {unit}, of all processes together, and "
+        f"have {now} now: of this epoch some is seen twice, or not at all. To go on exactly, let batch_size times the "
+        f"number of processes be {before}"
+    )
+    assert told == ([expected] if is_told else [])
 
 
 def test_another_seed_is_another_run(tmp_path: Path) -> None:
