@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -55,9 +56,15 @@ class InterruptCheckpoint(Callback):
         self._step: int | None = None
         self._batch = 0
         self._behind = 0
-        self.within_update = False
+        self._updating = False
+        self.moving_averages = False
         self._before_validation: dict[str, Any] = {}
         self._averages: list[_Averages] = []
+
+    @property
+    def within_update(self) -> bool:
+        """Whether parameters, or their averages, may be half changed."""
+        return self._updating or self.moving_averages
 
     def on_train_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Look where averages of weights go."""
@@ -69,15 +76,15 @@ class InterruptCheckpoint(Callback):
         """From here on there is something that the checkpoint which the run goes on from has not."""
         if self._step is None:
             self._step, self._batch = trainer.global_step, _processed(trainer)
-            self._behind, self.within_update = 0, False
+            self._behind, self._updating, self.moving_averages = 0, False, False
 
     def on_before_optimizer_step(self, *args: Any) -> None:
         """From here on parameters may be those of one step or of the next."""
-        self.within_update = True
+        self._updating = True
 
     def on_train_batch_end(self, trainer: pl.Trainer, *args: Any) -> None:
         """Count the batches whose gradients are accumulated, which no checkpoint has."""
-        self.within_update = False
+        self._updating = False
         self._count(trainer)
         if trainer.is_last_batch:
             self._remember(trainer)
@@ -93,7 +100,7 @@ class InterruptCheckpoint(Callback):
     def on_exception(self, trainer: pl.Trainer, pl_module: pl.LightningModule, exception: BaseException) -> None:
         """Write ``interrupted.ckpt`` beside the other checkpoints, if a step was made."""
         began, averages = self._step is not None, self._averages
-        within_update = self.within_update and trainer.global_step == self._step
+        within_update = (self._updating and trainer.global_step == self._step) or self.moving_averages
         self._count(trainer)  # what failed may have been another callback, before the turn of this one
         self.end()
         if trainer.state.fn != "fit" or not began or trainer.global_step == 0:
@@ -194,24 +201,36 @@ class InterruptCheckpoint(Callback):
 
 
 class _Averages:
-    """Sees whether the averages of the weights are where the weights belong, as they are while validating."""
+    """Sees when the averages of the weights change, and when they are where the weights belong, as while validating."""
 
     def __init__(self, keeper: InterruptCheckpoint, averaging: WeightAveraging) -> None:
-        self._averaging, self._are_in_place = averaging, False
-        swap, copy = averaging._swap_models, averaging._copy_average_to_current  # noqa: SLF001 - nothing else tells
+        self._keeper, self._averaging, self._are_in_place = keeper, averaging, False
+        swap, copy_over = averaging._swap_models, averaging._copy_average_to_current  # noqa: SLF001 - nothing else tells
 
-        def watched_swap(pl_module: pl.LightningModule) -> None:
-            keeper.within_update, before = True, keeper.within_update
+        def swapped(pl_module: pl.LightningModule) -> None:
             swap(pl_module)
             self._are_in_place = not self._are_in_place
-            keeper.within_update = before
 
-        def watched_copy(pl_module: pl.LightningModule) -> None:
+        def copied(pl_module: pl.LightningModule) -> None:
             keeper.end()
-            copy(pl_module)
+            copy_over(pl_module)
 
-        averaging._swap_models = watched_swap  # type: ignore[method-assign]  # noqa: SLF001
-        averaging._copy_average_to_current = watched_copy  # type: ignore[method-assign]  # noqa: SLF001
+        self._watched = {
+            "_swap_models": self._moving(swapped),
+            "_copy_average_to_current": copied,
+            "on_train_batch_end": self._moving(averaging.on_train_batch_end),
+        }
+        vars(averaging).update(self._watched)
+
+    def _moving(self, change: Callable[..., None]) -> Callable[..., None]:
+        """Let it be known while this changes them; what it fails in stays half changed."""
+
+        def changing(*args: Any) -> None:
+            self._keeper.moving_averages = True
+            change(*args)
+            self._keeper.moving_averages = False
+
+        return changing
 
     def bring_up_to_date(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Let weights and averages be in their places again, and the averages those of the last step."""
@@ -224,7 +243,7 @@ class _Averages:
 
     def look_no_longer(self) -> None:
         """Leave the callback as it was."""
-        for name in ("_swap_models", "_copy_average_to_current"):
+        for name in self._watched:
             vars(self._averaging).pop(name, None)
 
 

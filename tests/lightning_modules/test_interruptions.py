@@ -14,6 +14,8 @@ from typing import Any
 import pytest
 import pytorch_lightning as pl
 from pytorch_lightning.callbacks import Callback, EarlyStopping, EMAWeightAveraging
+from torch import nn
+from torch.optim.swa_utils import AveragedModel
 
 from datamodules import DigitsDataModule
 from lightning_modules import ImageClassifier, InterruptCheckpoint
@@ -173,6 +175,22 @@ def test_averages_that_have_not_had_their_turn(order: str, tmp_path: Path) -> No
     assert differing(final(tmp_path / "whole"), final(tmp_path / "resumed")) == []
 
 
+def test_averages_that_are_half_made_are_not_saved(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Their checkpoint would be of no step."""
+    update = AveragedModel.update_parameters
+
+    def half(self: AveragedModel, model: nn.Module) -> None:
+        update(self, model)
+        if int(self.n_averaged) == 5:
+            raise RuntimeError("something is wrong here")
+
+    monkeypatch.setattr(AveragedModel, "update_parameters", half)
+    told = pytest.warns(UserWarning, match="It was within an update of the parameters, which is not saved by half")
+    with told, pytest.raises(RuntimeError, match="something is wrong here"):
+        run(tanh, tmp_path / "failed", callbacks=[InterruptCheckpoint()], default_root_dir=tmp_path)
+    assert not (tmp_path / "checkpoints").exists()
+
+
 def test_what_fails_before_the_first_step_leaves_nothing(tmp_path: Path) -> None:
     """The checkpoint that the run goes on from has all there is."""
     run(tanh, tmp_path / "first")
@@ -300,4 +318,4 @@ def test_averages_that_are_used_again(tmp_path: Path) -> None:
         pl.Trainer(callbacks=[InterruptCheckpoint(), averages], default_root_dir=tmp_path, **quiet, **few).fit(
             module, datamodule=data
         )
-        assert "_swap_models" not in vars(averages)
+        assert not {"_swap_models", "_copy_average_to_current", "on_train_batch_end"} & vars(averages).keys()
