@@ -86,12 +86,12 @@ class InterruptCheckpoint(Callback):
         """Count the batches whose gradients are accumulated, which no checkpoint has."""
         self._updating = False
         self._count(trainer)
-        if trainer.is_last_batch:
-            self._remember(trainer)
+        self._before_validation = {}
 
     def on_validation_start(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """What counts validations, or epochs, counts this one again if it is made again."""
-        self._remember(trainer)
+        states = {each.state_key: each.state_dict() for each in _of_kind(trainer, Callback)}
+        self._before_validation = copy.deepcopy({key: state for key, state in states.items() if state})
 
     def on_train_end(self, trainer: pl.Trainer, pl_module: pl.LightningModule) -> None:
         """Nothing is left to save."""
@@ -147,10 +147,6 @@ class InterruptCheckpoint(Callback):
         else:  # a validation between the batches of one step comes again by itself
             self._begin_step_again(checkpoint)
 
-    def _remember(self, trainer: pl.Trainer) -> None:
-        states = {each.state_key: each.state_dict() for each in _of_kind(trainer, Callback)}
-        self._before_validation = copy.deepcopy({key: state for key, state in states.items() if state})
-
     def _count(self, trainer: pl.Trainer) -> None:
         """Once for each batch."""
         before, self._batch = self._batch, _processed(trainer)
@@ -185,7 +181,7 @@ class InterruptCheckpoint(Callback):
         epochs = loops["epoch_progress"]
         if epochs["total"]["ready"] > epochs["total"]["started"]:
             # The next one was about to begin: it does, and has no batches yet, where those of the one before are still.
-            for count in (epochs["total"], epochs["current"]):
+            for count in epochs.values():
                 count["ready"] = count["completed"]
             progress["current"].update(ready=0, started=0, processed=0, completed=0)
             progress["is_last_batch"] = False
